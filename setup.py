@@ -1,0 +1,20 @@
+"Reads settings.ini, so that names, versions and requirements stand in one place."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+ini = ConfigParser(delimiters=['='])
+ini.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+dev = cfg['dev_requirements'].split()
+smollm2 = cfg['smollm2_requirements'].split()
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
+    author=cfg['author'], keywords=cfg['keywords'], license='Apache-2.0', license_files=['LICENSE'],
+    long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    packages=find_packages(include=['rlsft_nb*']), package_data={'rlsft_nb': ['data/*', 'data/*/*']}, zip_safe=False,
+    python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
+    extras_require={'dev': dev, 'smollm2': smollm2},
+    entry_points={'papermill.engine': ['rlsft = rlsft_nb.paper:Engine']},
+)
