@@ -1,0 +1,84 @@
+"Rules of the house."
+import ast, json, re, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+from rlsft_nb.core import ROOT, TYPES, load_params, models
+from rlsft_nb.paper import NBS, drift, notebook_params, numbered, to_markdown
+
+ALL = sorted(NBS.glob('*.ipynb'))
+cells = lambda p: json.loads(p.read_text())['cells']
+source = lambda c: ''.join(c['source'])
+code = lambda p: [c for c in cells(p) if c['cell_type'] == 'code']
+name = lambda p: p.stem
+
+def test_lists_are_not_empty():
+    from nbdev.doclinks import nbglob
+    assert numbered() and {Path(p).name for p in nbglob(str(NBS))} == {p.name for p in ALL}
+    assert not list(NBS.rglob('.notest'))
+
+@pytest.mark.parametrize('nb', numbered(), ids=name)
+def test_parameters_cell(nb):
+    tagged = [i for i, c in enumerate(code(nb)) if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1, 'expected one cell tagged parameters'
+    src = source(code(nb)[tagged[0]])
+    assert '#|' not in src and len(src.splitlines()) <= 6
+    assert all(isinstance(n, ast.AnnAssign) for n in ast.parse(src).body)
+    assert not any('=' in line.partition('#')[2] for line in src.splitlines()), 'papermill drops a parameter with = in its comment'
+    params = notebook_params(nb)
+    assert all(kind in TYPES for kind, _ in params.values())
+    assert params['model'][1] == 'tiny' and params.get('seed', ('int', 0)) == ('int', 0)
+    assert 'check_params(globals())' in source(code(nb)[tagged[0] + 1])
+
+@pytest.mark.parametrize('nb', ALL, ids=name)
+def test_stored_outputs(nb):
+    outs = [o for c in code(nb) for o in c['outputs']]
+    text = json.dumps([{k: v for k, v in o.get('data', o).items() if not k.startswith('image/')} for o in outs])
+    figures = any('image/png' in o.get('data', {}) for o in outs)
+    assert len(json.dumps(outs)) < (150_000 if figures else 50_000)
+    assert not re.search(r'/(home|root|Users|tmp|private|work)/|[A-Z]:\\\\', text) and str(ROOT) not in text, 'an absolute path in a stored output'
+    assert not re.search(r'\d+%\|| at 0x[0-9a-f]{6}', text), 'a progress bar or an address in a stored output'
+    assert not any(o['output_type'] == 'error' for o in outs), 'a stored error'
+
+@pytest.mark.parametrize('nb', ALL, ids=name)
+def test_notebook_rules(nb):
+    first = source(cells(nb)[0])
+    assert first.startswith('# ') and json.loads(nb.read_text())['metadata']['kernelspec']['name'] == 'python3'
+    for c in code(nb): assert 'nbdev_export' + '()' not in source(c)
+    assert all(c.get('id') for c in cells(nb))
+
+def test_no_stale_module():
+    made = {m for nb in ALL for c in code(nb) for m in re.findall(r'#\|\s*default_exp\s+(\S+)', source(c))}
+    assert {p.stem for p in (ROOT/'rlsft_nb').glob('*.py')} - {'__init__', '_modidx'} == made
+
+def test_export_clean_and_readme_leave_no_diff(): assert drift() == []
+
+def test_readme(): assert (ROOT/'README.md').read_text() == to_markdown(json.loads((NBS/'index.ipynb').read_text()))
+
+def test_readme_links():
+    text = (ROOT/'README.md').read_text()
+    missing = [l for l in re.findall(r'\]\(([^)#]+)', text) if '://' not in l and not (ROOT/l).exists()]
+    assert missing == []
+
+def test_pyflakes():
+    r = subprocess.run([sys.executable, '-m', 'pyflakes', 'rlsft_nb'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout + r.stderr
+
+def test_everything_required_is_pinned():
+    ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
+    asked = ' '.join(ini['DEFAULT'][k] for k in ('requirements', 'dev_requirements', 'smollm2_requirements'))
+    plain = lambda s: re.split(r'[<>=!;]', s)[0].strip().lower().replace('_', '-')
+    pinned = {plain(l) for l in (ROOT/'constraints.txt').read_text().splitlines() if l and not l.startswith('#')}
+    assert {plain(r) for r in asked.split()} <= pinned
+
+@pytest.mark.parametrize('model', models())
+def test_model_files(model):
+    cfg = load_params(model)
+    assert cfg.model.source in ('embedded', 'hub', 'folder', 'gguf') and cfg.model.dtype in ('float32', 'bfloat16')
+    if cfg.model.source == 'hub': assert re.fullmatch(r'[0-9a-f]{40}', cfg.model.revision), 'a Hub model pins its commit'
+
+def test_nothing_unsafe():
+    for p in (ROOT/'rlsft_nb').glob('*.py'):
+        calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call)}
+        assert not calls & {'eval', 'exec', 'yaml.load', 'pickle.load', 'pickle.loads', 'os.system'}, p.name
+        assert 'trust_remote_code=True' not in p.read_text(), p.name
