@@ -1,0 +1,114 @@
+"The embedded base: its tokenizer, its corpus, and that the shipped weights are what their record says."
+import collections, re
+import pytest, torch
+from hypothesis import given, strategies as st
+from rlsft_nb.core import load_params, read_json, sha256_file
+from rlsft_nb.game import PHRASES, PROMPT, answer, feedback_turn, hands, multisets, prompt, values, verify
+from rlsft_nb.models import EMBEDDED, encode, load_lm
+from rlsft_nb import tiny
+from rlsft_nb.tiny import *
+
+TOK = make_tokenizer()
+SHIPPED = EMBEDDED/'tiny'
+
+@given(st.text())
+def test_any_text_round_trips(text): assert TOK.decode(TOK(text)['input_ids']) == text
+
+def test_shipped_tokenizer_is_the_one_this_code_makes():
+    assert load_lm('tiny')[1].get_vocab() == TOK.get_vocab()
+
+def test_the_game_is_short_in_tokens():
+    for h in hands('test', '11-12-13', face=True, n=50):
+        asked = encode(TOK, [prompt(h, '11-12-13')])[0]
+        assert len(asked) == 21
+        v = verify('hm', h, '11-12-13', feedback='outcome')
+        assert len(TOK(feedback_turn(v)['content'])['input_ids']) == 3
+
+def test_cards_and_values_share_tokens_between_corpus_and_game():
+    ids = lambda t: TOK(t)['input_ids']
+    assert ids('K')[0] in ids('["K", "3"]') and ids('13')[0] in ids('"number": [13, 3]') and len(ids('100')) == 1 and len(ids('101')) == 2
+
+# corpus
+
+@pytest.fixture(scope='module')
+def chats():
+    c = Corpus(7)
+    return [c.chat() for _ in range(3000)]
+
+def test_corpus_never_holds_the_answer_format(chats):
+    said = [t for c in chats for role, t, _ in c if role == 'assistant']
+    assert not any('"formula"' in t or '{' in t or '"number"' in t for t in said)
+
+def test_corpus_never_shows_kept_multisets_in_a_formula(chats):
+    kept = set(multisets('kept'))
+    for c in chats:
+        f = re.search(r'([-+*/()0-9]+)=\d+$', c[-1][1])
+        if f: assert tuple(sorted(map(int, re.findall(r'\d+', f[1])))) not in kept
+
+def test_counted_answers_are_right_and_failures_are_not_counted(chats):
+    kinds = collections.Counter()
+    for c in chats:
+        assert [counted for *_, counted in c] == [False, True] if len(c) == 2 else [False]*3 + [True]
+        f = re.search(r'([-+*/()0-9]+)=(\d+)$', c[-1][1])
+        if f: assert eval_exact(f[1]) == int(f[2])
+        if len(c) == 4: kinds[c[2][1]] += 1; assert c[1][1] != c[3][1]
+    assert sum(kinds.values()) > 300 and len(kinds) > 50
+
+def eval_exact(formula): # an own evaluator: Python's syntax tree over fractions
+    import ast
+    from fractions import Fraction
+    def go(n):
+        if isinstance(n, ast.Constant): return Fraction(n.value)
+        a, b = go(n.left), go(n.right)
+        return {ast.Add: a.__add__, ast.Sub: a.__sub__, ast.Mult: a.__mul__, ast.Div: a.__truediv__}[type(n.op)](b)
+    return go(ast.parse(formula, mode='eval').body)
+
+def test_every_known_multiset_is_practised_under_both_rules():
+    c, seen = Corpus(3), collections.defaultdict(set)
+    for _ in range(20000):
+        rule, cards, target, _ = c.hand()
+        if target == 24: seen[rule].add(tuple(sorted(values(cards, rule))))
+    known = set(known_multisets())
+    assert len(seen[11, 12, 13] & known) > .95*len(known)
+    assert len(seen[10, 10, 10]) == sum(m[-1] <= 10 for m in known)
+
+def test_labels_cover_counted_turns_only():
+    chat = [('user', 'Make 24 of 4 6.', False), ('assistant', '4*6=24', True)]
+    ids, labels = encode_chat(TOK, chat)
+    assert TOK.decode(ids) == '<|user|>Make 24 of 4 6.<|end|><|assistant|>4*6=24<|end|>'
+    assert TOK.decode([l for l in labels if l >= 0]) == '4*6=24<|end|>' and len(ids) == len(labels)
+
+# training
+
+def test_a_stopped_run_ends_in_the_same_weights(tmp_path, monkeypatch):
+    how = dict(size=8, width=64, layers=1, save=5)
+    pretrain(tmp_path/'a', 15, **how)
+    with monkeypatch.context() as m:
+        whole = tiny.batches
+        def cut(*args): # as if killed in step 9, after the state of step 5
+            yield from (b for _, b in zip(range(8), whole(*args)))
+            raise KeyboardInterrupt
+        m.setattr(tiny, 'batches', cut)
+        with pytest.raises(KeyboardInterrupt): pretrain(tmp_path/'b', 15, **how)
+    log = pretrain(tmp_path/'b', 15, **how)
+    a, b = (load_lm(str(tmp_path/x/'base'))[0].state_dict() for x in 'ab')
+    assert all(torch.equal(a[k], b[k]) for k in a) and log['step'] == 15
+
+# what ships
+
+def test_shipped_weights_match_their_record():
+    r = read_json(SHIPPED/'provenance.json')
+    assert sha256_file(SHIPPED/'model.safetensors') == r['sha256']
+    assert sum(p.stat().st_size for p in SHIPPED.iterdir()) <= 12e6
+    assert corpus_sha(r['seed']) == r['corpus'], 'the corpus of this code is not the one the base was trained on'
+    lm, tok = load_lm('tiny')
+    assert sum(p.numel() for p in lm.parameters()) == r['parameters'] and len(tok) == r['vocabulary']
+    assert lm.lm_head.weight is not lm.model.embed_tokens.weight
+    assert {'commit', 'device', 'seconds', 'tokens', 'losses', 'versions', 'kept_out'} <= set(r)
+
+def test_shipped_base_reaches_the_mark():
+    r = read_json(SHIPPED/'provenance.json')['knowledge']
+    assert r['ID known']['rate'] >= .7 and r['OOD known']['rate'] >= .7 and r['ID known']['n'] == 1000
+    lm, tok = load_lm('tiny')
+    again = free_form(lm, tok, hands('test', '11-12-13', face=True, n=100), '11-12-13')
+    assert again['rate'] >= .6 and again['read'] >= .95
