@@ -1,0 +1,124 @@
+"Fine-tuning: what is learned from, that a kill changes nothing, and that the peak is not chosen on test hands."
+import json, os, signal, subprocess, sys, time
+import pytest, torch
+from rlsft_nb.core import ParamError, ROOT, load_params
+from rlsft_nb.game import answer, hands, multisets, prompt, solve, values, verify
+from rlsft_nb.models import encode, generate, load_lm
+from rlsft_nb.sft import *
+from rlsft_nb.sft import _newest, _says
+
+SMALL = dict(sft=dict(steps=12, checkpoints=[4, 8, 12], hands=64, batch=8, warmup=3, save_every=3, log_every=1, loss_hands=10), eval=dict(hands=12, val_hands=8, max_new_tokens=8), workers=1)
+
+def small(pico, **sft): return load_params('tiny', SMALL | dict(model=dict(source='folder', path=str(pico['qwen2'])), sft=SMALL['sft'] | sft))
+def weights(folder): return {n: p for n, p in load_lm(str(folder))[0].named_parameters()}
+def same(a, b): return all(torch.equal(p, b[n]) for n, p in a.items())
+
+@pytest.fixture(scope='module')
+def trained(pico, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sft')
+    return folder, train_sft(small(pico), folder, seed=1)
+
+# rows
+
+def test_expert_rows_are_right_and_stay_in_their_part():
+    cfg = load_params('tiny', dict(sft=dict(hands=300)))
+    rows, allowed = expert_rows(cfg, 0), set(multisets('sft'))
+    assert len(rows) == 300 and {r['rule'] for r in rows} == {'10'}
+    for r in rows:
+        assert verify(r['completion'][0]['content'], r['cards']).correct
+        assert tuple(sorted(values(r['cards']))) in allowed
+    assert rows['cards'] == expert_rows(cfg, 0)['cards'] != expert_rows(cfg, 1)['cards']
+
+def test_training_evaluation_and_loss_see_the_same_tokens(pico, tmp_path):
+    cfg = small(pico)
+    lm, tok = load_lm(str(pico['qwen2']))
+    t, r = trainer(cfg, tmp_path, 0, lm, tok), expert_rows(cfg, 0)[0]
+    row = t.train_dataset[0]
+    asked = encode(tok, [prompt(r['cards'])])[0]
+    said = tok(r['completion'][0]['content'])['input_ids'] + [tok.eos_token_id]
+    assert list(row['input_ids']) == asked + said
+    assert list(row['labels']) == [-100]*len(asked) + said
+
+# loss
+
+def test_loss_is_that_of_one_row_at_a_time(pico):
+    lm, tok = load_lm(str(pico['qwen2']))
+    h, rule = hands('val', '11-12-13', face=True)[:6], '11-12-13'
+    firsts, anys, tokens = [], [], 0
+    for x in h:
+        logps = []
+        for f in solve(values(x, rule)):
+            a = encode(tok, [prompt(x, rule)])[0]
+            ids = torch.tensor([a + tok(answer(x, rule, f))['input_ids'] + [tok.eos_token_id]])
+            logp = torch.log_softmax(lm(ids).logits[0].double(), -1)
+            logps.append(sum(logp[i - 1, ids[0, i]] for i in range(len(a), ids.shape[1])).item())
+            if len(logps) == 1: firsts.append(-logps[0]); tokens += ids.shape[1] - len(a)
+        anys.append(-torch.tensor(logps).logsumexp(0).item())
+    got = answer_loss(lm, tok, h, rule, batch_size=3)
+    assert got['loss'] == pytest.approx(sum(firsts)/tokens, rel=1e-5)
+    assert got['any'] == pytest.approx(sum(anys)/6, rel=1e-5) and got['n'] == 6
+    assert got['any'] <= sum(firsts)/6 + 1e-6 # more right answers are never less likely
+
+# training
+
+def test_training_keeps_its_steps_and_its_real_rates(trained, pico):
+    folder, r = trained
+    assert r['steps'] == [4, 8, 12] and [h['step'] for h in r['log']] == list(range(1, 13))
+    rates = [h['learning_rate'] for h in r['log']]
+    assert rates[3:] == [2.0e-4]*9 and rates[0] < rates[1] < rates[2] # linear, then constant: no cosine
+    assert {p.name for p in folder.iterdir()} == {'resume', 'step-4', 'step-8', 'step-12'}
+    assert not same(weights(folder/'step-4'), weights(pico['qwen2'])) and not same(weights(folder/'step-4'), weights(folder/'step-12'))
+    assert r['log'][-1]['loss'] < r['log'][0]['loss']
+
+def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, pico, tmp_path):
+    code = f'from rlsft_nb.core import load_params\nfrom rlsft_nb.sft import train_sft\ntrain_sft(load_params("tiny", {SMALL | dict(model=dict(source="folder", path=str(pico["qwen2"])))!r}), {str(tmp_path)!r}, 1)'
+    for seen in (4, 8): # killed after each of these was kept
+        p = subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path/f'step-{seen}').exists() and p.poll() is None: time.sleep(.002)
+        p.kill(); p.wait()
+        assert (tmp_path/f'step-{seen}').exists()
+    got = train_sft(small(pico), tmp_path, seed=1)
+    for n in (4, 8, 12): assert same(weights(tmp_path/f'step-{n}'), weights(trained[0]/f'step-{n}'))
+    assert [h['loss'] for h in got['log']] == [h['loss'] for h in trained[1]['log']]
+
+def test_a_half_written_state_is_passed_over(tmp_path):
+    for n, text in ((3, '{"global_step": 3}'), (6, '{"global_'), (12, None)):
+        (tmp_path/f'checkpoint-{n}').mkdir()
+        if text: (tmp_path/f'checkpoint-{n}'/'trainer_state.json').write_text(text)
+    assert _newest(tmp_path).endswith('checkpoint-3') and _newest(tmp_path/'none') is None
+
+@pytest.mark.parametrize('sft, message', [(dict(checkpoints=[4, 40]), '40 is not within 1..sft.steps=12'), (dict(checkpoints=[0]), '0 is not within'), (dict(accumulate=3), 'sft.batch=8 is no multiple of sft.accumulate=3')])
+def test_impossible_settings_are_refused_before_anything_is_made(pico, tmp_path, sft, message):
+    with pytest.raises(ParamError, match=message): train_sft(small(pico, **sft), tmp_path/'new')
+    assert not (tmp_path/'new').exists()
+
+# stages
+
+def test_curve_and_names(pico):
+    cfg = small(pico)
+    curve = curve_stage(cfg, 1)
+    r = curve.results()
+    assert [p['step'] for p in r['points']] == [0, 4, 8, 12] and r['end'] == 12
+    best = max(p['val']['OOD']['first']['rate'] for p in r['points'])
+    assert r['peak'] == next(p['step'] for p in r['points'] if p['val']['OOD']['first']['rate'] == best) # the earliest of equals
+    assert {p['val']['OOD']['n'] for p in r['points']} == {8} and {p['test']['ID']['n'] for p in r['points']} == {12}
+    at = named(cfg, 1)
+    assert at['base'] == 'tiny' and at['end'].endswith('step-12')
+    assert same(weights(at['end']), weights(sft_stage(cfg, 1).path/'step-12'))
+    scores = named_stage(cfg, 1).results()
+    assert set(scores) == {'base', 'peak', 'end'} and set(scores['end']) == {'within', 'cells', 'sampled', 'authors'}
+    assert scores['end']['within']['OOD']['rule'] == '11-12-13' and set(scores['end']['cells']) == {'ID rule, face cards', 'OOD rule, any hand'}
+
+# verdicts, on made-up records
+
+def record(hits): return dict(n=len(hits), hits=hits, first=dict(rate=hits.count('1')/len(hits), lo=0., hi=1.))
+def told(id_, ood, losses):
+    scores = {s: dict(within=dict(ID=record(i), OOD=record(o))) for s, i, o in zip(('peak', 'end'), id_, ood)}
+    return [r['verdict'] for r in verdicts(dict(points=[dict(step=i, loss=dict(ood=dict(loss=l, n=5))) for i, l in enumerate(losses)]), scores)]
+
+def test_verdicts_follow_their_thresholds():
+    many, few = '1'*60 + '0'*40, '1'*30 + '0'*70
+    assert told((few, many), (many, few), [2., .5, 2.1]) == ['holds']*4
+    assert told((many, few), (few, many), [2., .5, .54]) == ['fails']*4
+    assert told((many, many), (few, few), [2., .5, .6]) == ['within noise', 'within noise', 'holds', 'fails']
+    assert _says(.1, .02) == 'within noise'
