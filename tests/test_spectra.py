@@ -1,0 +1,342 @@
+import json, math, os, subprocess, sys
+import mpmath, numpy as np, pytest, scipy.linalg, torch
+from hypothesis import given as all_of, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from scipy.stats import binom
+from rlsft_nb import spectra
+from rlsft_nb.spectra import *
+from rlsft_nb.weights import Checkpoint, CheckpointError
+from test_weights import build
+
+def given(*s): return lambda f: settings(max_examples=25)(all_of(*s)(f))
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+def randn(*shape, seed=0): return torch.randn(*shape, generator=gen(seed), dtype=torch.float64)
+def basis(d, k, seed=0): return torch.linalg.qr(randn(d, k, seed=seed)).Q
+def defect(Q): return float((Q.mT @ Q - torch.eye(Q.shape[1]).double()).abs().max())
+def made(s, m, n, seed=0): return (basis(m, len(s), seed)*torch.as_tensor(s).double()) @ basis(n, len(s), seed + 1).mT
+
+def check(W, S, value=1e-12):
+    "What every decomposition must satisfy, against LAPACK."
+    ref = np.linalg.svd(W.double().numpy(), compute_uv=False)
+    assert S.U.dtype == S.s.dtype == S.Vt.dtype == torch.float64
+    assert S.U.shape == (W.shape[0], len(ref)) and S.Vt.shape == (len(ref), W.shape[1])
+    assert defect(S.U) < 1e-10 and defect(S.Vt.mT) < 1e-10
+    assert torch.allclose((S.U*S.s) @ S.Vt, W.double(), atol=1e-12*max(ref[0], 1e-300), rtol=0)
+    assert np.abs(S.s.numpy() - ref).max() <= value*max(ref[0], 1e-300) and (S.s.diff() <= 1e-13*ref[0]).all()
+
+# the decomposition
+
+@given(st.integers(1, 24), st.integers(1, 24), st.sampled_from(['float64', 'float32', 'bfloat16', 'float16']), st.integers(0, 9))
+def test_decompose(m, n, dtype, seed):
+    W = randn(m, n, seed=seed).to(getattr(torch, dtype))
+    check(W, decompose(W))
+    assert torch.allclose(singular_values(W), decompose(W).s, atol=1e-8)
+
+TAILS = {'graded': 10.**-torch.linspace(0, 9, 40), 'cliff': torch.cat([torch.ones(36), torch.full((4,), 1e-9)]), 'one zero': torch.cat([torch.ones(39), torch.zeros(1)]),
+         'rank 3': torch.cat([torch.ones(3), torch.zeros(37)]), 'tiny tail': torch.cat([torch.linspace(1, .1, 33), 10.**-torch.linspace(3.1, 16, 7)]), 'equal': torch.ones(40), 'zero': torch.zeros(40)}
+
+@pytest.mark.parametrize('tail', TAILS)
+@pytest.mark.parametrize('m, n', [(40, 40), (40, 90), (90, 40)])
+def test_hard_spectra(tail, m, n):
+    W = made(TAILS[tail], m, n)
+    check(W, decompose(W), 1e-13)
+    assert (singular_values(W) - TAILS[tail].double()).abs().max() < 1e-8
+
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 5))
+def test_zero_rows_and_columns(m, n, seed):
+    W = randn(m, n, seed=seed)
+    W[::2], W[:, 1::3] = 0, 0
+    check(W, decompose(W))
+
+def test_precision_against_mpmath():
+    "Relative accuracy of every value, also far below the largest; 40 digits as the reference."
+    W = made(10.**-torch.linspace(0, 8, 12), 16, 12)
+    with mpmath.workdps(40): ref = sorted((float(x) for x in mpmath.svd(mpmath.matrix(W.tolist()), compute_uv=False)), reverse=True)
+    s = decompose(W).s
+    assert np.abs(s.numpy()/ref - 1).max() < 1e-7 # the matrix itself is known to 1e-16 of the largest
+    assert np.abs(s.numpy()[:6]/ref[:6] - 1).max() < 1e-11
+
+def test_transposition_changes_sides_only():
+    A, B = decompose(W := randn(9, 6)), decompose(W.mT)
+    assert torch.allclose(A.s, B.s, atol=1e-13)
+    assert max(principal_angles(A.U, B.Vt.mT, 6).max(), principal_angles(A.Vt.mT[:, :2], B.U[:, :2], 2).max()) < 1e-12
+
+@pytest.mark.parametrize('W, message', [(torch.ones(3), 'two dimensions'), (torch.ones(0, 3), 'neither of them 0'), (torch.full((2, 2), math.nan), 'NaN'), (torch.full((2, 2), math.inf), 'infinity')])
+def test_refused(W, message):
+    for f in (decompose, singular_values):
+        with pytest.raises(ValueError, match=message): f(W)
+
+def test_large_matrix_uses_the_guard_and_not_the_fallback(monkeypatch):
+    "A weight-like spectrum: few values below the cut, so one Gram decomposition suffices."
+    s = torch.cat([torch.linspace(1, .05, 190), 10.**-torch.linspace(3.5, 7, 10)])
+    W = made(s, 200, 200)
+    lapack, shapes = torch.linalg.svd, []
+    monkeypatch.setattr(torch.linalg, 'svd', lambda A, **k: (shapes.append(A.shape), lapack(A, **k))[1])
+    S = decompose(W)
+    monkeypatch.undo()
+    assert shapes == [(200, 10)]
+    check(W, S)
+
+# angles
+
+@given(st.lists(st.floats(1e-9, math.pi/2), min_size=1, max_size=6), st.integers(0, 20), st.integers(0, 9))
+def test_planted_rotation(angles, extra, seed):
+    "Known angles come back to 1e-8 rad, by both methods, and scipy agrees."
+    k = len(angles)
+    d, t = 2*k + extra, torch.tensor(angles, dtype=torch.float64)
+    Q, R1, R2 = basis(d, d, seed), basis(k, k, seed + 1), basis(k, k, seed + 2)
+    A, B = Q[:, :k] @ R1, (Q[:, :k]*t.cos() + Q[:, k:2*k]*t.sin()) @ R2
+    got = principal_angles(B, A, k)
+    assert (got - t.sort().values).abs().max() < 1e-8
+    assert np.abs(got.numpy() - np.sort(scipy.linalg.subspace_angles(A.numpy(), B.numpy()))).max() < 1e-8
+    assert (nested_angles(*overlap(B, A), k, d) - got).abs().max() < 5e-8
+
+@given(st.integers(1, 14), st.integers(1, 14), st.integers(0, 9))
+def test_structural_zeros(d, p, seed):
+    p = min(d, p)
+    A, B = basis(d, p, seed), basis(d, p, seed + 50)
+    for k in range(1, p + 1):
+        a, z = principal_angles(A, B, k), structural_zeros(d, k)
+        assert len(a) == k and (a[:z] == 0).all() and (a.diff() >= -1e-12).all() and (a[z:] > 0).all()
+        assert torch.allclose(nested_angles(*overlap(A, B), k, d), a[z:], atol=1e-7)
+        if k == d: assert a.max() == 0
+        if k < d: assert len(random_angles(d, k)) == k - z
+
+def test_equal_inputs_give_exactly_zero():
+    S = decompose(randn(8, 5))
+    assert principal_angles(S.U, S.U.clone(), 3).max() == 0 and max(a.max() for a in vector_angles(S, S)) == 0
+    assert not measure(W := randn(6, 4), W)['changed']
+
+@given(st.integers(0, 30))
+def test_signs_do_not_matter(seed):
+    A, B = decompose(W := randn(8, 5, seed=seed)), decompose(W + .01*randn(8, 5, seed=seed + 99))
+    flip = torch.randn(5, generator=gen(seed)).sign().double()
+    C = Spectrum(A.U*flip, A.s, A.Vt*flip[:, None])
+    for x, y in zip(vector_angles(B, A), vector_angles(B, C)): assert torch.allclose(x, y, atol=1e-12)
+    one = Spectrum(A.U*flip, A.s, A.Vt) # a sign on one side only is another matrix
+    assert all((flip == 1).tolist()) or max(a.max() for a in vector_angles(one, A)) > 1.5
+
+@given(st.integers(0, 30))
+def test_permutation_inside_a_cluster_does_not_matter(seed):
+    W = made([5, 3, 3, 3, 1], 8, 5)
+    A = decompose(W)
+    order = torch.tensor([0, *(1 + torch.randperm(3, generator=gen(seed))).tolist(), 4])
+    B, spans = Spectrum(A.U[:, order], A.s, A.Vt[order]), clusters(A.s, A.s, 1e-9)
+    assert spans == [(0, 1), (1, 4), (4, 5)]
+    assert max(a.max() for a in cluster_angles(B, A, spans)) < 1e-7
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.floats(0, 2))
+def test_clusters_cover(values, tol):
+    s = torch.tensor(sorted(values, reverse=True)).double()
+    spans = clusters(s, s, tol)
+    assert [i for a, b in spans for i in range(a, b)] == list(range(len(s)))
+    assert all(s[b - 1] - s[b] > tol for _, b in spans[:-1])
+
+@pytest.mark.parametrize('k', [0, 6])
+def test_k_out_of_range(k):
+    with pytest.raises(ValueError, match=f'k={k}, expected 1..5'): principal_angles(basis(8, 5), basis(8, 5), k)
+
+@pytest.mark.parametrize('d, k', [(60, 15), (60, 30), (60, 45), (200, 20)])
+def test_law_of_random_subspaces(d, k):
+    drawn = torch.stack([principal_angles(basis(d, k, i), basis(d, k, i + 500), k)[structural_zeros(d, k):].rad2deg() for i in range(30)]).mean(0)
+    assert (drawn - random_angles(d, k)).abs().max() < 3 and abs(drawn.mean() - random_angles(d, k).mean()) < .3
+
+def test_law_refuses():
+    for k in (0, 5):
+        with pytest.raises(ValueError, match='expected 1..4'): random_angles(5, k)
+
+# nulls
+
+@pytest.mark.parametrize('null', NULLS)
+@pytest.mark.parametrize('m, n', [(9, 9), (7, 12), (12, 7)])
+def test_null_updates(null, m, n):
+    D = made(torch.linspace(3, .1, min(m, n)), m, n)
+    X = null_update(D, null, gen())
+    assert X.shape == D.shape and torch.allclose(X.norm(), D.norm(), rtol=1e-12) and not torch.allclose(X, D)
+    if null == 'shuffle': assert torch.allclose(X.abs().flatten().sort().values, D.abs().flatten().sort().values)
+    else: assert torch.allclose(singular_values(X), singular_values(D), atol=1e-10)
+
+def test_first_order_against_measurement():
+    for m, n in ((80, 40), (40, 80), (60, 60)):
+        W, size = made(torch.linspace(3, 1, min(m, n)), m, n), .0
+        S0, seen = decompose(W), []
+        for i in range(20):
+            D = 1e-4*randn(m, n, seed=i)
+            size = float(D.norm())
+            u, v = vector_angles(decompose(W + D), S0)
+            seen.append((v, u) if m >= n else (u, v))
+        for j, told in enumerate(first_order(S0.s, m, n, size)):
+            rms = torch.stack([s[j] for s in seen]).square().mean(0).sqrt()
+            assert .85 < (rms/told).median() < 1.15, (m, n, j)
+
+def test_first_order_of_subspaces():
+    W = made(torch.linspace(3, 1, 40), 80, 40)
+    S0, D = decompose(W), 1e-4*randn(80, 40, seed=5)
+    S = decompose(W + D)
+    short, far = first_order_principal(S0.s, 80, 40, float(D.norm()), 10, gen())
+    for told, A, B, d in ((short, S.Vt.mT, S0.Vt.mT, 40), (far, S.U, S0.U, 80)):
+        assert len(told) == 10 and .6 < told.mean()/nested_angles(*overlap(A, B), 10, d).mean() < 1.6
+
+def test_flag_fires_at_its_nominal_rate():
+    "On random updates: 5 % of the time in all, half of it on each side (binomial, 99.9 %)."
+    n, flags = 240, dict(lead=[], values=[], bulk=[])
+    W, g = made(torch.linspace(3, .5, 12), 16, 12), gen(3)
+    S0 = decompose(W)
+    for i in range(n):
+        D = .01*torch.randn(16, 12, generator=g, dtype=torch.float64)
+        here = statistics(decompose(W + D), S0)
+        null = [statistics(decompose(W + null_update(D, 'shuffle', g)), S0) for _ in range(9)]
+        for k in flags: flags[k].append(beyond(here[k], [x[k] for x in null])['verdict'])
+    for k, f in flags.items():
+        assert binom.ppf(.0005, n, .05) <= n - f.count('within') <= binom.ppf(.9995, n, .05), (k, f.count('beyond'), f.count('below'))
+        assert max(f.count('beyond'), f.count('below')) <= binom.ppf(.9995, n, .025), (k, f.count('beyond'), f.count('below'))
+
+def test_storage_noise_is_that_of_rounding():
+    W = randn(300, 300)
+    real, drawn = W.bfloat16().double() - W, storage_noise(W, gen(1))
+    assert abs(float(drawn.norm()/real.norm()) - 1) < .01 and (drawn.abs() <= 2.**-8*W.abs()).all()
+
+@given(st.integers(2, 9), st.floats(.1, 10), st.floats(.01, 3))
+def test_beyond_is_a_ratio(n, x, spread):
+    draws = [math.exp(spread*v) for v in np.random.default_rng(n).normal(size=n)]
+    a, b = beyond(x, draws), beyond(7*x, [7*d for d in draws])
+    assert a['verdict'] == b['verdict'] and math.isclose(a['ratio'], b['ratio'], rel_tol=1e-9) and a['lo'] < 1 < a['hi']
+
+# the record
+
+@given(st.sampled_from([(1, 1), (1, 5), (5, 1), (2, 2), (3, 7), (12, 12), (30, 9)]), st.sampled_from(NULLS), st.floats(1e-6, 2))
+def test_record_is_json_and_consistent(shape, null, size):
+    W0, D = randn(*shape), size*randn(*shape, seed=1)
+    r = json.loads(json.dumps(measure(W0 + D, W0, [1, .5, 1.], null, 2), allow_nan=False))
+    assert math.isclose(r['update'], float(D.norm()), rel_tol=1e-9) and 0 <= r['split']['values'] <= 1
+    assert np.allclose(r['ds'], (decompose(W0 + D).s - decompose(W0).s).tolist(), rtol=1e-4, atol=1e-6*size)
+    for side, d in zip('UV', shape):
+        for p in r['sides'][side]['principal']: assert len(p['curve']) == min(p['k'], d - p['k']) and p['zeros'] == structural_zeros(d, p['k'])
+
+def test_measure_refuses():
+    W = randn(6, 4)
+    for kwargs, message in ((dict(draws=1), 'draws=1'), (dict(null='x'), "null='x'"), (dict(ks=[0]), 'k=0'), (dict(ks=[1.5]), 'k=1.5'), (dict(ks=['3']), "k='3'")):
+        with pytest.raises(ValueError, match=message): measure(W + randn(6, 4, seed=2), W, **kwargs)
+    with pytest.raises(ValueError, match=r'shape \(4, 6\)'): measure(W.mT, W)
+
+def test_rank_deficient_reference():
+    "A matrix with zero rows and an update that keeps them: finite, and the free directions are counted."
+    W = randn(12, 8); W[6:] = 0
+    D = .01*randn(12, 8, seed=4); D[6:] = 0
+    r = measure(W + D, W)
+    assert r['dead'] == 2 and json.dumps(r, allow_nan=False)
+
+def test_split_against_a_loop():
+    W, D = randn(7, 5), randn(7, 5, seed=1)
+    U, s, Vt = np.linalg.svd(W.numpy(), full_matrices=False)
+    values = sum((U[:, i] @ D.numpy() @ Vt[i])**2 for i in range(5))/float(D.norm()**2)
+    assert math.isclose(split_update(D, decompose(W))['values'], values, rel_tol=1e-10)
+
+# two checkpoints
+
+@pytest.fixture(params=['qwen2', 'qwen2 tied', 'llama', 'mllama'])
+def pico(request, tmp_path):
+    "A pico model and a copy with noise, one in shards."
+    kind, *tied = request.param.split()
+    lm = build(kind, bool(tied))
+    lm.save_pretrained(tmp_path/'a')
+    with torch.no_grad():
+        for p in lm.parameters(): p.add_(.01*p.std()*torch.randn(p.shape, generator=gen(7)) if p.ndim == 2 else 0)
+    lm.save_pretrained(tmp_path/'b', max_shard_size='8KB')
+    return tmp_path
+
+def test_compare(pico):
+    found = compare(pico/'a', pico/'b', pico/'out', ks=[2, .5], draws=3)
+    assert list(found['matrices']) == Checkpoint(pico/'a').names()
+    assert all(r['changed'] for n, r in found['matrices'].items() if n.startswith('layers'))
+    assert (set(found['ends']) == {'a', 'b'}) == (not Checkpoint(pico/'a').tied)
+    files = write_report(found, pico/'out')
+    assert all(f.stat().st_size > 100 for f in files)
+    import pandas as pd
+    table = pd.read_parquet(pico/'out'/'spectra.parquet')
+    assert list(table['matrix']) == list(found['matrices']) and table['lead_ratio'].notna().any()
+    page = (pico/'out'/'report.html').read_text()
+    assert page.count('<tr>') == len(table) + 1 and 'src="http' not in page and page.count('data:image/png') == 2
+
+@pytest.fixture
+def toy(tmp_path):
+    for name, noise in (('a', 0), ('b', .01)):
+        (tmp_path/name).mkdir()
+        t = {f'model.layers.{i}.{n}.weight': randn(*s, seed=i).float() for i in range(3) for n, s in {'self_attn.q_proj': (12, 12), 'mlp.up_proj': (20, 12)}.items()}
+        save_file({n: W + noise*randn(*W.shape, seed=9).float() for n, W in t.items()}, tmp_path/name/'model.safetensors')
+    return tmp_path
+
+def test_resumes_by_matrix_and_notices_change(toy, monkeypatch):
+    first = compare(toy/'a', toy/'b', toy/'out', ks=[3])
+    kept = sorted((toy/'out').glob('matrices-*/*.json'))
+    assert len(kept) == 6
+    kept[0].unlink()
+    done, real = [], spectra.measure_pair
+    monkeypatch.setattr(spectra, 'measure_pair', lambda *a: (done.append(a[1].name), real(*a))[1])
+    assert compare(toy/'a', toy/'b', toy/'out', ks=[3]) == first and done == [kept[0].stem]
+    monkeypatch.setattr(spectra, 'measure_pair', lambda *a: pytest.fail('measured again'))
+    assert compare(toy/'a', toy/'b', toy/'out', ks=[3]) == first
+    monkeypatch.setattr(spectra, 'measure_pair', real)
+    save_file({n: 2*W for n, W in load_file(toy/'b'/'model.safetensors').items()}, toy/'b'/'model.safetensors')
+    assert compare(toy/'a', toy/'b', toy/'out', ks=[3]) != first
+
+def test_the_same_checkpoint_twice(toy, capsys):
+    assert main([str(toy/'a'), str(toy/'a'), '--out', str(toy/'out'), '--workers', '1']) == 0
+    assert '6 matrices, none changed: both checkpoints hold the same weights.' in capsys.readouterr().out
+    assert 'none changed' in (toy/'out'/'report.html').read_text()
+
+def test_bad_inputs(toy, capsys):
+    for change, message in ((dict(extra=torch.ones(2, 2)), 'lacks extra'), ({'model.layers.1.mlp.up_proj.weight': torch.ones(20, 11)}, 'layers.1.up is (20, 12)'),
+                            ({'model.layers.1.mlp.up_proj.weight': torch.full((20, 12), math.nan)}, '240 values that are NaN')):
+        save_file(load_file(toy/'a'/'model.safetensors') | change, toy/'c.safetensors')
+        assert main([str(toy/'a'), str(toy/'c.safetensors'), '--out', str(toy/'out'), '--workers', '1']) == 1
+        assert message in capsys.readouterr().err
+    save_file({'norm': torch.ones(3)}, toy/'c.safetensors')
+    for args, message in (([str(toy/'c.safetensors')], 'no 2-D'), (['nobody'], 'nobody'), ([str(toy/'b'), '--matrices', 'z*'], "'z*' matches none"), ([str(toy/'b'), '--draws', '1'], 'draws=1')):
+        assert main([str(toy/'a'), *args, '--out', str(toy/'out'), '--workers', '1']) == 1
+        assert message in capsys.readouterr().err
+
+def test_command_line(toy, env):
+    "The literal command, in a pipe, with worker processes."
+    run = lambda *a: subprocess.run([sys.executable, '-m', 'rlsft_nb.spectra', *a], capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=toy, env=env)
+    done = run('a', 'b', '--out', 'seen', '--matrices', 'layers.0.*', '--k', '2,0.5', '--null', 'orient', '--draws', '3')
+    assert done.returncode == 0 and done.stdout.splitlines()[0].startswith('2 matrices, 2 changed.'), done.stderr
+    assert sorted(p.name for p in (toy/'seen').iterdir() if p.is_file()) == ['matrices.png', 'overview.png', 'report.html', 'spectra.json', 'spectra.parquet']
+    wrong = run('a', 'b', '--k', 'many')
+    assert wrong.returncode == 2 and "'many' is no list" in wrong.stderr
+
+def test_workers_and_memory_are_in_the_help(capsys):
+    with pytest.raises(SystemExit): main(['--help'])
+    assert f'{spectra.BYTES} bytes for each element' in ' '.join(capsys.readouterr().out.split())
+
+def test_memory_is_bounded_by_the_largest_matrix(tmp_path, env):
+    "Peak memory of many matrices is that of one, and below what the help says."
+    code = '''import sys, torch, rlsft_nb.spectra as s
+from rlsft_nb.core import peak_mib
+from rlsft_nb.weights import Checkpoint
+s.decompose(torch.ones(4, 4)); before = peak_mib()
+c = Checkpoint(sys.argv[1])
+for n in c.names(): s.measure_pair(c[n], Checkpoint(sys.argv[2])[n], [.5], 'shuffle', 2, 0, 600)
+print((peak_mib() - before)*2**20/600**2)'''
+    for f, noise in (('a', 0), ('b', .01)): save_file({f'model.layers.{i}.self_attn.q_proj.weight': (randn(600, 600, seed=i) + noise*randn(600, 600, seed=8)).float() for i in range(3)}, tmp_path/f'{f}.safetensors')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path/'a.safetensors', tmp_path/'b.safetensors'], capture_output=True, text=True, env=env)
+    assert float(done.stdout) < spectra.BYTES, done.stderr
+
+# figures
+
+def test_figures_and_verdicts_of_a_run(tmp_path):
+    "What the experiment draws, on three noisy copies of a random model."
+    h, shapes = 16, {'self_attn.q_proj': (16, 16), 'self_attn.k_proj': (8, 16), 'self_attn.v_proj': (8, 16), 'mlp.up_proj': (40, 16)}
+    t = {f'model.layers.{i}.{n}.weight': randn(*s, seed=i) for i in (0, 1) for n, s in shapes.items()}
+    for j, name in enumerate(('base', 'peak', 'end', 'rl')):
+        save_file({n: (W + .01*j*randn(*W.shape, seed=60 + j)).float() for n, W in t.items()}, tmp_path/f'{name}.safetensors')
+    points = {n: tmp_path/f'{n}.safetensors' for n in ('base', 'peak', 'end', 'rl')}
+    found = {l: compare(*ab, tmp_path/'out', ks=[.5, 1.], draws=2) for l, ab in pairs(points).items()}
+    assert list(found) == ['SFT', 'SFT from peak', 'RL'] and list(pairs(dict(base=0, peak=1, end=2))) == list(found)[:2]
+    names = ['layers.0.q', 'layers.0.k', 'layers.0.v', 'layers.0.up']
+    for fig, n in ((fig3(found, names, h, 't'), 12), (fig4(found, names, 't'), 16), (fig_pair(found, names, 't'), 12)): assert len(fig.axes) == n
+    fig_overview(found, 't')
+    rows = verdicts(found, found)
+    assert [r['claim'] for r in rows][:2] == ['SFT: singular values stay', 'SFT: directions turn beyond chance'] and len(rows) == 9
+    assert all(r['verdict'] in ('holds', 'fails', 'no evidence') for r in rows)
+    assert verdicts({'SFT': found['SFT']}, found)[-1]['verdict'] == 'no evidence'
