@@ -1,0 +1,412 @@
+"Restoration: identities, an independent implementation, checkpoints of several architectures, interrupted writes, the command."
+import json, subprocess, sys
+import numpy as np
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MllamaConfig,
+                          MllamaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM)
+from rlsft_nb import restore as R
+from rlsft_nb.core import DiskError, StageBusy, load_params, read_json, verdict_table, wilson
+from rlsft_nb.models import score
+from rlsft_nb.tiny import make_tokenizer, new_model
+from rlsft_nb.weights import CheckpointError, canonical
+
+EXACT = ('directions', 'rotate', 'values', 'swap')
+few = settings(max_examples=25)
+
+@st.composite
+def matrices(draw, eps=None):
+    "A reference and a target near it, up to 12 x 12, tall, wide or square, well conditioned enough for 1e-9."
+    m, n, seed = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(0, 10**6))
+    rng = np.random.default_rng(seed)
+    W0 = rng.normal(size=(m, n))
+    return torch.from_numpy(W0 + (draw(st.sampled_from([.01, .1, 1.])))*rng.normal(size=(m, n))), torch.from_numpy(W0)
+
+def band_of(draw_k, p): return tuple(sorted(min(k, p) for k in draw_k))
+spans = st.tuples(st.integers(0, 12), st.integers(0, 12))
+close = lambda a, b, tol=1e-8: torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+sv = torch.linalg.svdvals
+norm = lambda M: float(M.norm())
+orthogonal = lambda n, seed: torch.from_numpy(np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0])
+
+def by_loops(W, W0, mode, lo, hi):
+    "Rank-one pieces added one after another, from numpy's decomposition."
+    (U, s, Vt), (U0, s0, V0t) = (np.linalg.svd(M.numpy(), full_matrices=False) for M in (W, W0))
+    out = np.zeros(W.shape)
+    for i in range(len(s)):
+        inside = lo <= i < hi
+        u, v = (U0[:, i], V0t[i]) if inside and mode in ('directions', 'swap') else (U[:, i], Vt[i])
+        x = s0[i] if inside and mode in ('values', 'swap') else s[i]
+        for r in range(W.shape[0]):
+            for c in range(W.shape[1]): out[r, c] += x*u[r]*v[c]
+    return torch.from_numpy(out)
+
+# the operation
+
+@few
+@given(matrices(), spans, st.sampled_from(['directions', 'values', 'swap']))
+def test_an_independent_implementation_agrees(pair, ks, mode):
+    lo, hi = band_of(ks, min(pair[0].shape))
+    close(R.edit(R.pair(*pair), mode, lo, hi), by_loops(*pair, mode, lo, hi))
+
+@few
+@given(matrices(), st.sampled_from(R.MODES), st.integers(0, 12))
+def test_no_ranks_change_no_bit(pair, mode, k):
+    k = min(k, min(pair[0].shape))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        W, W0 = (M.to(dtype) for M in pair)
+        assert torch.equal(R.edit(R.pair(W, W0), mode, k, k), W)
+    assert torch.equal(R.restore_directions(*pair, 0), pair[0])
+
+@few
+@given(matrices())
+def test_full_rank(pair):
+    W, W0 = pair
+    full = R.restore_directions(W, W0, min(W.shape))
+    close(sv(full)/sv(W)[0], sv(W)/sv(W)[0], 1e-10)
+    assert not torch.allclose(full, W0, 1e-9, 1e-9)
+    assert torch.equal(R.edit(R.pair(W, W0), 'swap'), W0)
+    close(sv(R.restore_values(W, W0)), sv(W0), 1e-10)
+    close(R.edit(R.pair(W, W0), 'rotate'), full)
+
+@few
+@given(matrices(), spans, st.sampled_from(EXACT))
+def test_transposing_first_or_last(pair, ks, mode):
+    W, W0 = pair
+    lo, hi = band_of(ks, min(W.shape))
+    close(R.edit(R.pair(W.mT, W0.mT), mode, lo, hi), R.edit(R.pair(W, W0), mode, lo, hi).mT)
+
+@few
+@given(matrices(), spans, st.sampled_from(EXACT), st.integers(0, 99))
+def test_a_change_of_basis_before_or_after(pair, ks, mode, seed):
+    W, W0 = pair
+    lo, hi = band_of(ks, min(W.shape))
+    Q, P = orthogonal(W.shape[0], seed), orthogonal(W.shape[1], seed + 1)
+    close(R.edit(R.pair(Q @ W @ P, Q @ W0 @ P), mode, lo, hi), Q @ R.edit(R.pair(W, W0), mode, lo, hi) @ P)
+
+@few
+@given(matrices(), st.integers(0, 12), st.sampled_from(['directions', 'values']))
+def test_bands_add_up(pair, k, mode):
+    p = R.pair(*pair)
+    k = min(k, p.rank)
+    close(R.edit(p, mode, 0, k) + R.edit(p, mode, k) - p.W, R.edit(p, mode))
+
+@few
+@given(matrices(), spans)
+def test_rotation_keeps_values_and_takes_the_directions(pair, ks):
+    p = R.pair(*pair)
+    lo, hi = band_of(ks, p.rank)
+    out = R.edit(p, 'rotate', lo, hi)
+    close(sv(out), p.a.s, 1e-10)
+    close(p.a0.U[:, lo:hi].mT @ out @ p.a0.Vt[lo:hi].mT, torch.diag(p.a.s[lo:hi]))
+
+def test_rotation_where_a_direction_is_taken_twice():
+    W, W0 = torch.diag(torch.tensor([3., 2., 1.]).double()), torch.diag(torch.tensor([1., 2., 3.]).double())
+    out = R.edit(R.pair(W, W0), 'rotate', 0, 1) # the reference's first is the target's last
+    close(sv(out), torch.tensor([3., 2., 1.]).double())
+    assert out[2, 2] == pytest.approx(3)
+
+@few
+@given(matrices(), spans, st.integers(0, 99))
+def test_controls_move_as_far_as_directions(pair, ks, seed):
+    p = R.pair(*pair)
+    lo, hi = band_of(ks, p.rank)
+    size, gap = norm(R.edit(p, 'directions', lo, hi) - p.W), norm(p.W - p.W0)
+    assert norm(R.edit(p, 'random_change', lo, hi, seed) - p.W) == pytest.approx(size, 1e-6, abs=1e-9)
+    line = R.edit(p, 'interpolate', lo, hi)
+    assert norm(line - p.W) == pytest.approx(min(size, gap), 1e-6, abs=1e-9)
+    assert norm(line - p.W) + norm(line - p.W0) == pytest.approx(gap, 1e-6)
+
+@pytest.mark.parametrize('shape', [(16, 16), (8, 24), (30, 8)])
+def test_random_rotation_keeps_values_and_is_seeded(shape):
+    rng = torch.Generator().manual_seed(0)
+    W0 = torch.randn(shape, generator=rng).double()
+    p = R.pair(W0 + .1*torch.randn(shape, generator=rng).double(), W0)
+    a, b, c = (R.edit(p, 'random_rotation', 0, 4, seed) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    close(sv(a), p.a.s, 1e-10)
+    assert norm(a - p.W) == pytest.approx(norm(R.edit(p, 'directions', 0, 4) - p.W), 2e-6)
+
+def test_random_rotation_cannot_go_further_than_the_matrix():
+    rng = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match='no rotation moves'): R._random_rotation(R.pair(*torch.randn(2, 6, 6, generator=rng).double()), 1e3, rng)
+
+@few
+@given(matrices(), st.lists(st.integers(0, 12), max_size=6))
+def test_many_ranks_are_each_as_alone(pair, ks):
+    p = R.pair(*pair)
+    ks = sorted(min(k, p.rank) for k in ks)
+    for k, M in R.restore_many(*pair, ks): close(M, R.restore_directions(*pair, k))
+
+@few
+@given(matrices(), spans, st.sampled_from(EXACT))
+def test_the_record(pair, ks, mode):
+    p = R.pair(*pair)
+    lo, hi = band_of(ks, p.rank)
+    exact = R.edit64(p, mode, lo, hi)
+    r = R.describe(p, exact, mode, lo, hi)
+    assert r['size'] == pytest.approx(float((exact - p.W).norm()), abs=1e-12) and r['rounding'] == 0
+    rest = [i for i in range(p.rank) if not lo <= i < hi]
+    if mode == 'directions':
+        bases = [torch.cat([B0[:, lo:hi], B[:, rest]], 1) for B, B0 in ((p.a.U, p.a0.U), (p.a.Vt.mT, p.a0.Vt.mT))]
+        cond = max(float(torch.linalg.cond(B)) for B in bases)
+        if cond < 1e3: assert r['condition'] == pytest.approx(cond, 1e-6)
+    if mode == 'rotate': assert r['values'] < 1e-6 and r['condition'] == 1
+
+def test_a_change_without_structure_is_directions_only():
+    rng = torch.Generator().manual_seed(0)
+    W0 = torch.randn(60, 90, generator=rng).double()
+    p = R.pair(W0 + .003*torch.randn(60, 90, generator=rng).double(), W0)
+    left = float((R.edit(p, 'directions') - W0).norm()/(p.W - W0).norm())
+    assert left == pytest.approx(R.freedom(p)['chance'], rel=.2) and R.freedom(p)['measured'] == pytest.approx(left, rel=.1)
+
+# what is asked for
+
+@pytest.mark.parametrize('ranks, want', [(None, (0, 7)), (0., (0, 0)), (1., (0, 7)), (.5, (0, 4)), (.01, (0, 1)), (3, (0, 3)), (99, (0, 7)), ((.5, 1.), (4, 7)), ([2, 5], (2, 5))])
+def test_bands(ranks, want): assert R.band(ranks, 7) == want
+
+@pytest.mark.parametrize('ranks', [1.1, -1, -.1, True, 'all', (5, 2), (1, 2, 3), float('nan')])
+def test_bands_refused(ranks):
+    with pytest.raises(ValueError, match='ranks'): R.band(ranks, 7)
+
+@pytest.mark.parametrize('text', ['', 'x', '0.1-0.2-0.3', '-3'])
+def test_rank_texts_refused(text):
+    with pytest.raises(ValueError, match='ranks='): R.parse_ranks(text)
+
+@pytest.mark.parametrize('layers', ['a', '3-1', '1-2-3', ''])
+def test_layer_texts_refused(layers):
+    with pytest.raises(ValueError, match='layers='): R.parse_layers(layers)
+
+# checkpoints
+
+small = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, max_position_embeddings=64)
+
+def mllama():
+    text = {k: v for k, v in small.items() if k != 'max_position_embeddings'} | dict(cross_attention_layers=[1], num_hidden_layers=3, pad_token_id=0, rope_parameters=dict(rope_type='default', rope_theta=1e4))
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_global_layers=1, attention_heads=2, image_size=28, patch_size=14, vision_output_dim=32,
+                  intermediate_layers_indices=[0], max_num_tiles=1, supported_aspect_ratios=[[1, 1]])
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision, image_token_index=49))
+
+PICO = dict(qwen2=lambda: Qwen2ForCausalLM(Qwen2Config(**small, tie_word_embeddings=False)),
+            llama=lambda: LlamaForCausalLM(LlamaConfig(**small, tie_word_embeddings=True)),
+            gpt2=lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=64)), mllama=mllama)
+
+def two(folder, kind, dtype=torch.float32, shards='10MB'):
+    "A reference and a target 5 % away from it, on disk, with a tokenizer."
+    torch.manual_seed(0)
+    lm = PICO[kind]().to(dtype)
+    lm.save_pretrained(folder/'ref', max_shard_size=shards)
+    with torch.no_grad():
+        for v in lm.parameters(): v.add_(.05*(v.float().abs().mean() + 1e-3)*torch.randn(v.shape))
+    lm.save_pretrained(folder/'tgt', max_shard_size=shards)
+    make_tokenizer().save_pretrained(folder/'tgt')
+    return folder/'tgt', folder/'ref'
+
+def logits(folder, kind):
+    lm = (AutoModelForImageTextToText if kind == 'mllama' else AutoModelForCausalLM).from_pretrained(folder).eval()
+    with torch.no_grad(): return lm(input_ids=torch.arange(1, 9)[None]).logits, lm
+
+def tensors(folder): return {k: v for f in sorted(folder.glob('*.safetensors')) for k, v in load_file(f).items()}
+
+@pytest.mark.parametrize('kind', PICO)
+def test_architectures(tmp_path, kind):
+    tgt, ref = two(tmp_path, kind, shards='8KB' if kind != 'llama' else '10MB')
+    R.restore(tgt, ref, tmp_path/'same', ranks=0)
+    before, after = tensors(tgt), tensors(tmp_path/'same')
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    want, _ = logits(tgt, kind)
+    got, lm = logits(tmp_path/'same', kind)
+    assert torch.equal(want, got)
+    done = R.restore(tgt, ref, tmp_path/'new', ranks=.5, layers='0-1')
+    got, lm = logits(tmp_path/'new', kind)
+    assert not torch.equal(want, got) and got.isfinite().all()
+    now, theirs = tensors(tmp_path/'new'), tensors(ref)
+    for k, v in before.items():
+        if canonical(k) not in done['edits']: assert torch.equal(now[k], v)
+        else: close(now[k], R.restore_directions(v, theirs[k], R.band(.5, min(v.shape))[1]), 1e-6)
+    assert {n.split('.')[1] for n in done['edits'] if n.startswith('layers')} == {'0', '1'} and 'embed' not in done['edits']
+    assert (tmp_path/'new'/'tokenizer.json').is_file() and 'directions' in (tmp_path/'new'/'README.md').read_text()
+    assert read_json(tmp_path/'new'/'config.json') == read_json(tgt/'config.json')
+    assert read_json(tmp_path/'new'/'restore.json')['edits'] == json.loads(json.dumps(done['edits']))
+
+def test_tied_stays_tied(tmp_path):
+    tgt, ref = two(tmp_path, 'llama')
+    done = R.restore(tgt, ref, tmp_path/'out', types='embed')
+    lm = logits(tmp_path/'out', 'llama')[1]
+    assert list(done['edits']) == ['embed'] and lm.lm_head.weight is lm.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="'head' is none of"): R.restore(tgt, ref, tmp_path/'no', types='head')
+
+def test_bf16_is_kept_and_its_rounding_told(tmp_path):
+    tgt, ref = two(tmp_path, 'qwen2', torch.bfloat16)
+    done = R.restore(tgt, ref, tmp_path/'out', types=['q', 'v'])
+    assert {v.dtype for v in tensors(tmp_path/'out').values()} == {torch.bfloat16}
+    assert all(0 < r['rounding'] < r['size'] for r in done['edits'].values()) and len(done['edits']) == 4
+
+def test_vectors_are_a_group_of_their_own(tmp_path):
+    tgt, ref = two(tmp_path, 'qwen2')
+    done = R.restore(tgt, ref, tmp_path/'out', types='1d', layers='1')
+    now, before, theirs = (tensors(f) for f in (tmp_path/'out', tgt, ref))
+    changed = {k for k in now if not torch.equal(now[k], before[k])}
+    assert changed and all(v.ndim == 1 and 'layers.1.' in k for k, v in now.items() if k in changed)
+    assert all(torch.equal(now[k], theirs[k]) for k in changed) and len(done['edits']) == len(changed)
+
+@pytest.mark.parametrize('mode', R.MODES)
+def test_every_mode_on_disk_as_in_memory(tmp_path, mode):
+    tgt, ref = two(tmp_path, 'qwen2')
+    R.restore(tgt, ref, tmp_path/'out', mode, ranks=.4, types='k', seed=3)
+    now, before, theirs = (tensors(f) for f in (tmp_path/'out', tgt, ref))
+    key = 'model.layers.1.self_attn.k_proj.weight'
+    assert torch.equal(now[key], R.edit(R.pair(before[key], theirs[key]), mode, *R.band(.4, 8), R._seed('layers.1.k', 3)))
+
+def test_a_stopped_sweep_goes_on(tmp_path):
+    tgt, ref = two(tmp_path, 'qwen2')
+    specs, seen = {f'k{k}': dict(ranks=k, types='k') for k in (1, 2, 8)}, []
+    def score(folder):
+        seen.append(folder.name)
+        if seen == ['k1', 'k2']: raise KeyboardInterrupt
+        return len(tensors(folder))
+    with pytest.raises(KeyboardInterrupt): R.sweep(tgt, ref, tmp_path/'s', specs, score)
+    assert set(R.sweep(tgt, ref, tmp_path/'s', specs, score).values()) == {len(tensors(tgt))}
+    assert seen == ['k1', 'k2', 'k2', 'k8'] and sorted(p.name for p in (tmp_path/'s').iterdir()) == ['k1.json', 'k2.json', 'k8.json']
+
+# what goes wrong
+
+def spoil(folder, change):
+    f = folder/'model.safetensors'
+    sd = load_file(f)
+    change(sd)
+    save_file(sd, f, {'format': 'pt'})
+
+Q = 'model.layers.0.self_attn.q_proj.weight'
+@pytest.mark.parametrize('change, message', [
+    (lambda sd: sd[Q].view(-1)[0].fill_(float('nan')), 'NaN'),
+    (lambda sd: sd.update({Q: sd[Q][:8].contiguous()}), r'layers.0.q is \(8, 16\)'),
+    (lambda sd: sd.pop(Q), 'lacks layers.0.q'),
+    (lambda sd: sd.update({'model.layers.2.self_attn.q_proj.weight': sd[Q].clone()}), 'lacks layers.2.q')])
+def test_unfit_references(tmp_path, change, message):
+    tgt, ref = two(tmp_path, 'qwen2')
+    spoil(ref, change)
+    with pytest.raises(CheckpointError, match=message): R.restore(tgt, ref, tmp_path/'out')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ref', 'tgt']
+
+def test_matrices_that_do_not_fit():
+    M = torch.eye(3)
+    with pytest.raises(ValueError, match='shapes'): R.restore_directions(M, M[:2], 1)
+    with pytest.raises(ValueError, match='reference holds NaN'): R.restore_directions(M, M*float('nan'), 1)
+    with pytest.raises(ValueError, match=r'lo <= hi <= 3'): R.restore_directions(M, M, 4)
+
+@pytest.mark.parametrize('error, seen', [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left on device'), DiskError)])
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error, seen):
+    tgt, ref = two(tmp_path, 'qwen2', shards='8KB')
+    true, calls = R.edit64, []
+    def edit64(*a):
+        calls.append(1)
+        if len(calls) == 4: raise error
+        return true(*a)
+    monkeypatch.setattr(R, 'edit64', edit64)
+    with pytest.raises(seen): R.restore(tgt, ref, tmp_path/'out')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ref', 'tgt']
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    tgt, ref = two(tmp_path, 'qwen2', shards='8KB')
+    kill = f"import os; from rlsft_nb import restore as R; R._copy_aux = lambda *a: os._exit(9); R.restore({str(tgt)!r}, {str(ref)!r}, {str(tmp_path/'out')!r})"
+    assert subprocess.run([sys.executable, '-c', kill], stdin=subprocess.DEVNULL).returncode == 9
+    assert not (tmp_path/'out').exists() and (tmp_path/'.out.part').is_dir()
+    R.restore(tgt, ref, tmp_path/'fresh')
+    monkeypatch.setattr(R, 'edit64', None) # every shard is there already
+    R.restore(str(tgt), str(ref), tmp_path/'out')
+    a, b = tensors(tmp_path/'out'), tensors(tmp_path/'fresh')
+    assert all(torch.equal(a[k], b[k]) for k in b) and sorted(p.name for p in tmp_path.iterdir()) == ['fresh', 'out', 'ref', 'tgt']
+
+def test_two_at_once_and_leftovers_of_another_job(tmp_path):
+    tgt, ref = two(tmp_path, 'qwen2')
+    with pytest.raises(StageBusy, match='another process'), R._workplace(tmp_path/'out', 'another job'): R.restore(tgt, ref, tmp_path/'out')
+    part = tmp_path/'.out.part'
+    part.mkdir()
+    (part/'.job').write_text('another job')
+    (part/'model.safetensors').write_text('left behind')
+    R.restore(tgt, ref, tmp_path/'out', ranks=0)
+    assert all(torch.equal(v, tensors(tgt)[k]) for k, v in tensors(tmp_path/'out').items())
+
+# the command
+
+def test_the_command(tmp_path, capsys):
+    tgt, ref = two(tmp_path, 'qwen2')
+    asked = [str(a) for a in ('--target', tgt, '--reference', ref, '--out', tmp_path/'out', '--rank', '0.2', '--types', 'q,k,v', '--layers')]
+    assert R.main([*asked, '0', '--dry-run']) == 0 and not (tmp_path/'out').exists()
+    assert 'matrices    3' in capsys.readouterr().out
+    run = subprocess.run([sys.executable, '-m', 'rlsft_nb.restore', *asked, '0'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert run.returncode == 0 and '3 tensors changed' in run.stdout, run.stderr
+    assert set(read_json(tmp_path/'out'/'restore.json')['edits']) == {'layers.0.q', 'layers.0.k', 'layers.0.v'}
+    for layers, said in (('0', 'exists already'), ('7', 'layers: 7 is not there'), ('x', "layers='x'")):
+        with pytest.raises(SystemExit) as e: R.main([*asked, layers])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and said in err and err.count('\n') == 1
+
+# the experiment
+
+def test_cells_in_place_are_the_checkpoints_on_disk(tmp_path):
+    tok = make_tokenizer()
+    for name, seed in (('tgt', 0), ('ref', 1)): new_model(tok, seed, width=64, layers=2).save_pretrained(tmp_path/name); tok.save_pretrained(tmp_path/name)
+    cfg = load_params('tiny', dict(eval=dict(hands=6, max_new_tokens=4)))
+    tgt, ref = str(tmp_path/'tgt'), str(tmp_path/'ref')
+    spec = dict(mode='directions', ranks=.5, layers='0', types=['q', 'down'])
+    cell = R.score_cell(tgt, ref, cfg, spec)
+    done = R.restore(tgt, ref, tmp_path/'out', **spec)
+    now = {canonical(k): v for k, v in tensors(tmp_path/'out').items()}
+    assert all(torch.equal(v, now[n]) for n, v in R.workbench(tgt, ref, cfg).params.items())
+    assert cell['edit']['matrices'] == 2 and cell['edit']['size'] == pytest.approx(sum(r['size']**2 for r in done['edits'].values())**.5)
+    plain = R.score_cell(tgt, ref, cfg, dict(mode='swap', ranks=0.))
+    want = score(tgt, cfg, 'test', ['ID', 'OOD'])
+    assert all(plain[c]['hits'] == want[c]['hits'] and plain[c]['outcomes'] == want[c]['outcomes'] for c in want)
+
+def test_grid_has_every_cell_once():
+    r = load_params('tiny').restore
+    for depth, tied in ((4, False), (28, True), (1, False)):
+        cells = R.grid(r, depth, tied)
+        assert set(R.grid(r, depth, tied, 'base')) < set(cells)
+        assert len({json.dumps(s, sort_keys=True) for s in cells.values()}) == len(cells)
+        assert all(g['layers'] is None or max(R.parse_layers(g['layers'])) < depth for g in R.layer_groups(depth, r.bands, r.prefixes))
+
+def test_recovery():
+    rng = np.random.default_rng(0)
+    draw = lambda p: ''.join(map(str, (rng.random(500) < p).astype(int)))
+    t, e, ref = draw(.2), draw(.35), draw(.5)
+    one, many = R.recovery(e, t, ref, range(500)), R.recovery(e, t, ref, [i//10 for i in range(500)])
+    rate = lambda b: b.count('1')/500
+    assert one['value'] == many['value'] == pytest.approx((rate(e) - rate(t))/(rate(ref) - rate(t)))
+    assert one['lo'] < one['value'] < one['hi']
+    assert R.recovery(e, t, t, range(500))['value'] is None # nothing lost
+    faint = t[:-1] + ('1' if t[-1] == '0' else '0')
+    assert R.recovery(e, t, faint, range(500))['lo'] is None # the loss may be nothing
+
+def test_verdicts_follow_the_thresholds():
+    r = lambda v, lo, hi: dict(value=v, lo=lo, hi=hi)
+    assert [R.judge_share(x) for x in (r(.8, .6, 1.), r(.7, .4, .9), r(.3, .1, .6), r(None, None, None))] == ['holds', 'undecided', 'fails', 'nothing to recover']
+    assert R.holm([.01, .04, .03, .5]) == pytest.approx([.04, .09, .09, .5])
+    assert [R._judge_more([dict(holm=p, gain=g)]) for p, g in ((.01, .1), (.01, -.1), (.2, .1))] == ['holds', 'fails', 'no difference seen']
+
+def played(p, seed, n=1000):
+    "A made-up record of `evaluate` with success rate `p`."
+    hits = (np.random.default_rng(seed).random(n) < p).astype(int)
+    lo, hi = wilson(hits.sum(), n)
+    return dict(n=n, first=dict(k=int(hits.sum()), rate=float(hits.mean()), lo=lo, hi=hi), format=1., numbers=1., hits=''.join(map(str, hits)))
+
+@pytest.mark.parametrize('full', [True, False])
+def test_figures_and_verdicts_of_made_up_cells(full):
+    import matplotlib
+    matplotlib.use('agg')
+    cfg, found = load_params('tiny', dict(restore=dict(draws=200))), {}
+    edit = dict(matrices=1, norm=1., distance=.1, size=.1, to_reference=.05, rounding=0., condition=2., values=.1)
+    back = lambda s: .2 if s['mode'] in ('values', 'random_rotation') else .5 if s.get('ranks') in (None, 1.) else .25 if s['mode'] == 'directions' else .48
+    for which in ('peak', 'base')[:1 + full]:
+        specs = R.grid(cfg.restore, 4, which=which)
+        got = {n: {c: played(back(s), [i, j]) for j, c in enumerate(('ID', 'OOD'))} | dict(edit=edit) for i, (n, s) in enumerate(specs.items())}
+        ends = [{c: played(p, [900, j, k]) for j, c in enumerate(('ID', 'OOD'))} for k, p in enumerate((.2, .5))]
+        found[which] = R.summary(got, specs, *ends, cfg) | dict(which=which, depth=4, freedom=dict(measured=.1, chance=.1))
+    for fig in (R.fig_layers(found, cfg.restore, 'five'), R.fig_ranks(found, 'six')): assert len(fig.axes) == 2*len(found)
+    rows = R.verdicts(found['peak'], cfg.restore)
+    assert [r['verdict'] for r in rows] == ['fails', 'holds', 'holds', 'fails', 'holds']
+    assert json.loads(json.dumps(found, allow_nan=False)) and 'fails' in verdict_table(rows)
+    assert [w['ranks'] for w in R.way_table(found['peak'])] == cfg.restore.ranks
