@@ -21,7 +21,7 @@ paper: $(READY)
 test: $(READY)
 	@export OMP_NUM_THREADS=1; $(BIN)/nbdev_test --n_workers 2 2>&1 | tee .venv/nbdev_test.log
 	@if grep -q 'No files were eligible' .venv/nbdev_test.log; then echo 'nbdev_test found no notebook'; exit 1; fi
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 install: $(READY)
 

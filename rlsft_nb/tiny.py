@@ -151,7 +151,7 @@ def batches(tok, corpus, size:int, pool:int=16):
             ids, labels = zip(*rows[b*size:(b+1)*size])
             yield pad(ids, tok.pad_token_id), pad(labels, -100)
 
-# %% ../nbs/tiny.ipynb #1f516349
+# %% ../nbs/tiny.ipynb #4997aed6
 def new_model(tok, seed:int, width:int=192, layers:int=4) -> Qwen2ForCausalLM:
     "A random Qwen2 with untied embedding and head, fp32."
     torch.manual_seed(seed)
@@ -159,8 +159,9 @@ def new_model(tok, seed:int, width:int=192, layers:int=4) -> Qwen2ForCausalLM:
                       num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
     return Qwen2ForCausalLM(cfg)
 
-def rate(step:int, steps:int, peak:float=1e-3, warm:int=100) -> float:
-    "Learning rate: linear warm-up, then cosine to 3 % of `peak`."
+def rate(step:int, steps:int, peak:float=1e-3) -> float:
+    "Learning rate: linear warm-up over at most 100 steps, then cosine to 3 % of `peak`."
+    warm = min(100, steps//5)
     return peak*min(1, step/warm)*(.03 + .97*.5*(1 + math.cos(math.pi*step/steps)))
 
 # %% ../nbs/tiny.ipynb #c804b433

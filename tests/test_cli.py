@@ -37,6 +37,10 @@ def test_pipe_other_seed_and_module(repo):
     assert read_json(repo/'figures/tiny/toy.json') == dict(n=3, seed=1)
     assert 'lr: 2.0e-06' in (repo/'runs/tiny/00_toy-seed1.ipynb').read_text()
 
+def test_switches_may_be_spelt_in_lower_case(repo):
+    r = pipe('papermill nbs/00_toy.ipynb -p smoke true', repo)
+    assert r.returncode == 0 and 'smoke = True' in (repo/'runs/tiny/00_toy.ipynb').read_text(), r.stderr
+
 def test_loop_with_stdin_fifo(repo):
     r = pipe(r"printf 'tiny\nsmollm2\n' | while read m; do papermill nbs/00_toy.ipynb -p model $m; echo $m $?; done", repo)
     assert r.stdout.split() == ['tiny', '0', 'smollm2', '0'], r.stderr
@@ -74,7 +78,7 @@ coded = base64.b64encode(b'seed: x').decode()
     ('-p model qwen8b', "model='qwen8b' has no file in params/; did you mean 'qwen7b'?"),
     ('-p seed x', "parameter seed='x' is str, expected int"),
     ('-r seed 0', "parameter seed='0' is str, expected int"),
-    ('-p smoke false', "parameter smoke='false' is str, expected bool"),
+    ('-p smoke maybe', "parameter smoke='maybe' is str, expected bool"),
     ("-y '{smoke: 1}'", "parameter smoke=1 is int, expected bool"),
     ("-y 'overrides: {sft: {lrr: 1.0}}'", "overrides: sft.lrr is no parameter; did you mean 'lr'?"),
     (f'-b {coded}', "parameter seed='x' is str, expected int"),

@@ -1,0 +1,32 @@
+"The whole pipeline on a random pico model, twice: the second time everything is found."
+import json, os, subprocess, sys, time
+import pytest
+from rlsft_nb.core import ROOT, load_params, read_json
+from rlsft_nb.paper import numbered
+
+SMALL = dict(sft=dict(steps=6, checkpoints=[2, 4, 6], hands=32, batch=8, warmup=2, loss_hands=6, log_every=1), eval=dict(hands=16, val_hands=8, max_new_tokens=4), restore=dict(draws=50), workers=1)
+
+def run(nb, overrides):
+    r = subprocess.run([sys.executable, '-m', 'papermill', f'nbs/{nb}.ipynb', '-p', 'model', 'tiny', '-y', f'overrides: {json.dumps(overrides)}'],
+                       cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert r.returncode == 0, r.stderr[-3000:]
+
+def made(folder): return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob('done.json')}
+
+def test_every_notebook_twice(pico, tmp_path):
+    small, runs = SMALL | dict(model=dict(source='folder', path=str(pico['qwen2']))), tmp_path/'runs'
+    stages = [nb.stem for nb in numbered() if nb.stem != '00_game']
+    run(stages[-1], small) # the last notebook makes the stages that it needs
+    first = made(runs)
+    assert {p.split('/')[1].rsplit('-', 1)[0] for p in first} >= {'sft', 'sft-curve'}
+    for nb in stages: run(nb, small)
+    again = made(runs)
+    assert {k: again[k] for k in first} == first # nothing was made twice
+    figures = {p.name: p.read_bytes() for p in (tmp_path/'figures'/'tiny').iterdir()}
+    assert {'fig2-seed0.png', 'fig1-sft-seed0.json'} <= set(figures)
+    for nb in ('02_sft', stages[-1]): run(nb, small)
+    assert made(runs) == again
+    assert {p.name: p.read_bytes() for p in (tmp_path/'figures'/'tiny').iterdir()} == figures # drawn again from the records, to the byte
+    for d in runs.rglob('done.json'):
+        told = read_json(d)
+        assert {'commit', 'versions', 'device', 'seconds', 'peak_mib', 'date'} <= set(told) and read_json(d.parent/'results.json')
