@@ -134,7 +134,7 @@ def named(cfg, seed:int=0) -> dict: # base, peak and end -> folder or model name
     r, at = curve_stage(cfg, seed).results(), kept(cfg, seed)
     return dict(base=at[0], peak=at[r['peak']], end=at[r['end']])
 
-# %% ../nbs/02_sft.ipynb #e17fa7a9
+# %% ../nbs/02_sft.ipynb #750e16cf
 def named_stage(cfg, seed:int=0) -> Stage:
     "Base, peak and end in full; results: one record a checkpoint, reading and cell."
     st = Stage('sft-named', cfg.name, dict(eval=cfg.eval, game=cfg.game), [curve_stage(cfg, seed)], seed, '02_sft.ipynb')
@@ -142,9 +142,10 @@ def named_stage(cfg, seed:int=0) -> Stage:
     readings = dict(within=('test', both, cfg.game.attempts, 0., 0), cells=('test', all4[2:], 1, 0., 0),
                     sampled=('test', both, 1, cfg.eval.temperature, seed), authors=('authors', both, cfg.game.attempts, 0., 0))
     def fn(folder):
-        items = {f'{name}-{r}': (where, cfg, *how) for name, where in named(cfg, seed).items() for r, how in readings.items()}
+        asked = {name: list(readings) if name != 'base' else ['within'] for name in ('base', 'peak', 'end')} # the base fails the format in every reading
+        items = {f'{name}-{r}': (where, cfg, *readings[r]) for name, where in named(cfg, seed).items() for r in asked[name]}
         got = map_items('models.score', items, folder/'scores', cfg.workers, 'named checkpoints')
-        return {name: {r: got[f'{name}-{r}'] for r in readings} for name in ('base', 'peak', 'end')}
+        return {name: {r: got[f'{name}-{r}'] for r in rs} for name, rs in asked.items()}
     return run_stage(st, fn, cfg)
 
 # %% ../nbs/02_sft.ipynb #2397debd
