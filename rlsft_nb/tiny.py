@@ -212,12 +212,12 @@ def _resume(state, lm, opt) -> dict:
     lm.load_state_dict(saved['lm']); opt.load_state_dict(saved['opt'])
     return saved['log']
 
-# %% ../nbs/tiny.ipynb #0e961447
+# %% ../nbs/tiny.ipynb #0b03ed67
 def main():
-    "`torchrun --nproc-per-node 2 -m rlsft_nb.tiny --out FOLDER --steps 7000`: one process of a training run."
+    "`torchrun --nproc-per-node 2 -m rlsft_nb.tiny --out FOLDER --steps 4500`: one process of a training run."
     import argparse
     p = argparse.ArgumentParser(prog='rlsft_nb.tiny')
-    for name, kind, default in (('out', str, None), ('steps', int, 7000), ('seed', int, 0)): p.add_argument(f'--{name}', type=kind, default=default, required=default is None)
+    for name, kind, default in (('out', str, None), ('steps', int, 4500), ('seed', int, 0)): p.add_argument(f'--{name}', type=kind, default=default, required=default is None)
     a = p.parse_args()
     torch.set_num_threads(1)
     if 'RANK' in os.environ: dist.init_process_group('gloo')
