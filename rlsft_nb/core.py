@@ -296,13 +296,15 @@ class _Lock:
             told = True; time.sleep(min(.5, limit/10))
     def __exit__(self, *_): self.file.close()
 
-# %% ../nbs/core.ipynb #0d63cd57
+# %% ../nbs/core.ipynb #f4931673
+_used = {} # stages this process has asked for, and where they are
+
 def run_stage(st:Stage, # what to make
               fn,       # called with the stage's folder, resumes from what it left there; returns a dict
               cfg       # `cfg.needs` says what machine it takes
     ) -> Stage:         # `st`, done
     "Make a stage, or find it made."
-    _tell('stages', st.path)
+    _tell('stages', st.path); _used[repr(st)] = st.path
     if st.done: return st
     lacks = missing_device(cfg.get('needs', {}))
     if lacks: raise StageMissing(f'stage {st} (seed {st.seed}) is not there and {lacks}. {st.command()}')
@@ -322,7 +324,7 @@ def _make(st, fn):
     write_json(st.path/'done.json', dict(stage=repr(st), seconds=round(time.monotonic() - start, 3), resumed=resumed, inputs=inputs,
         results=sha256_file(st.path/'results.json'), **provenance()))
 
-# %% ../nbs/core.ipynb #c1edd67f
+# %% ../nbs/core.ipynb #fdaf96ad
 def save_figure(fig,      # a matplotlib figure
                 name:str, # file name without ending, such as 'fig2'
                 cfg       # `cfg.name` is the model
@@ -338,7 +340,10 @@ def save_record(name:str, # as in `save_figure`
                 record,   # what the figure shows, ready for JSON
                 cfg       # `cfg.name` is the model
     ) -> Path:            # figures/<model>/<name>.json
-    "Save the data of a figure beside it."
+    "Save the data of a figure beside it; a dict also gets `stages`: commit, versions and device of each stage used so far."
+    told = {n: read_json(p/'done.json') for n, p in _used.items() if (p/'done.json').is_file()}
+    keep = ('commit', 'dirty', 'python', 'device', 'versions')
+    if isinstance(record, dict) and told: record = record | dict(stages={n: {k: d[k] for k in keep} for n, d in sorted(told.items())})
     path = write_json(figures_dir(cfg.name)/f'{name}.json', record)
     _tell('figures', path)
     return path
@@ -453,7 +458,7 @@ def _worker():
     torch.set_num_threads(1)
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
-# %% ../nbs/core.ipynb #be837482
+# %% ../nbs/core.ipynb #89dbcaa3
 @contextmanager
 def _pool(n):
     "`n` fresh interpreters (torch does not survive a fork), told to use one thread."
@@ -470,11 +475,11 @@ def _pool(n):
 def map_items(fn:str,      # 'module.function' of this package, returns what JSON can hold
               items:dict,  # file name without ending -> arguments of `fn`
               folder,      # keeps a result as NAME.json
-              workers:int, # processes; 1 calls `fn` in this one, on one thread
+              workers:int, # processes, unless $RLSFT_WORKERS says otherwise; 1 calls `fn` in this one, on one thread
               desc:str     # for the progress bar
     ) -> dict:             # name -> result, in the order of `items`
     "The results of `fn` for all items; those on disk are not made again."
-    folder = make_dir(folder)
+    folder, workers = make_dir(folder), int(os.environ.get('RLSFT_WORKERS') or workers)
     path = lambda name: folder/f'{name}.json'
     todo = {n: a for n, a in items.items() if not path(n).is_file()}
     if min(workers, len(todo)) <= 1:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['REPO', 'NBS', 'Engine', 'notebook_params', 'parse_command', 'guess', 'asked_params', 'switches', 'check_asked',
            'output_path', 'complete', 'short_message', 'numbered', 'fingerprint', 'up_to_date', 'run_notebook',
-           'made_table', 'run_paper', 'to_markdown', 'write_readme', 'drift', 'refresh', 'main']
+           'made_table', 'run_numbered', 'seed_lane', 'run_seeds', 'run_paper', 'to_markdown', 'write_readme', 'drift',
+           'refresh', 'main']
 
 # %% ../nbs/paper.ipynb #838f9779
 import ast, base64, hashlib, json, os, re, shutil, subprocess, sys, tempfile, threading, time
@@ -104,14 +105,14 @@ def check_asked(params:dict, # from `notebook_params`
     if 'model' in values: load_params(values['model'], values.get('overrides'))
     return values
 
-# %% ../nbs/paper.ipynb #64e0c43b
+# %% ../nbs/paper.ipynb #3f5151e5
 def output_path(nb,         # the source notebook
                 values:dict # from `check_asked`
-    ) -> Path:              # runs/<model>/<notebook>[-seedN].ipynb
+    ) -> Path:              # runs/<model>/<notebook>[-seedN][-seedsN].ipynb
     "Where a run of `nb` is kept."
     from rlsft_nb.core import runs_root
-    seed = f"-seed{values['seed']}" if values.get('seed') else ''
-    return runs_root()/values.get('model', '')/f'{Path(nb).stem}{seed}.ipynb'
+    more = ''.join(f'-{k}{values[k]}' for k, usual in (('seed', 0), ('seeds', 1)) if values.get(k, usual) != usual)
+    return runs_root()/values.get('model', '')/f'{Path(nb).stem}{more}.ipynb'
 
 def _literal(path) -> str:
     "A path that papermill's templates leave as it is."
@@ -214,36 +215,38 @@ def up_to_date(nb, values:dict) -> bool:
     same = all(Path(p).is_file() and sha256_file(p) == h for p, h in record['files'].items())
     return same and record['fingerprint'] == fingerprint(nb, values)
 
-# %% ../nbs/paper.ipynb #a310e04a
+# %% ../nbs/paper.ipynb #12da79da
 def _notes(folder, kind) -> list: # strings, first mention first
     "What core has noted for the runner."
     path = Path(folder)/kind
     return list(dict.fromkeys(path.read_text(encoding='utf-8').splitlines())) if path.is_file() else []
 
 @contextmanager
-def _watched():
+def _watched(pass_on=None # called with the newest line, instead of showing it
+    ):
     "A folder for notes, whose newest line of progress is shown."
     from tqdm import tqdm
     with tempfile.TemporaryDirectory() as d:
         os.environ['RLSFT_WATCH'], stop = d, threading.Event()
-        bar = tqdm(bar_format='    {desc}', position=1, leave=False, disable=not sys.stderr.isatty())
+        bar = tqdm(bar_format='    {desc}', position=1, leave=False, disable=bool(pass_on) or not sys.stderr.isatty())
         def look():
-            while not stop.wait(1): bar.set_description_str((_notes(d, 'progress') or [''])[-1])
+            while not stop.wait(1): (pass_on or bar.set_description_str)((_notes(d, 'progress') or [''])[-1])
         watcher = threading.Thread(target=look, daemon=True)
         watcher.start()
         try: yield d
         finally: stop.set(); watcher.join(); bar.close(); del os.environ['RLSFT_WATCH']
 
-def run_notebook(nb,         # a source notebook
-                 values:dict # its parameters
-    ) -> dict:               # fingerprint, seconds, files (path -> sha256), figures, stages
+def run_notebook(nb,          # a source notebook
+                 values:dict, # its parameters
+                 pass_on=None # called with the newest line of progress, instead of showing bars
+    ) -> dict:                # fingerprint, seconds, files (path -> sha256), figures, stages
     "Execute a notebook into runs/ and keep a record of what it made."
     import papermill
     from rlsft_nb.core import make_dir, sha256_file, write_json
     out, start, mark = output_path(nb, values), time.monotonic(), fingerprint(nb, values)
     make_dir(out.parent); _record_path(out).unlink(missing_ok=True)
-    bar = dict(desc=f'{Path(nb).stem:<12}', position=0)
-    with _watched() as d:
+    bar = False if pass_on else dict(desc=f'{Path(nb).stem:<12}', position=0)
+    with _watched(pass_on) as d:
         papermill.execute_notebook(_literal(nb), _literal(out), values, progress_bar=bar, cwd=str(REPO), extra_arguments=['--IPKernelApp.log_level=40'])
         figures, stages = _notes(d, 'figures'), _notes(d, 'stages')
     files = {str(p): sha256_file(p) for p in [out, *figures, *[Path(s)/'done.json' for s in stages]]}
@@ -278,25 +281,92 @@ def _hand_over(rows):
             record['files'] = {p: h for p, h in record['files'].items() if p not in newest}
             write_json(_record_path(out), record)
 
-# %% ../nbs/paper.ipynb #338eee77
-def run_paper(model:str='tiny', # a file in params/
-              seed:int=0
-    ) -> int:                   # exit code
-    "Run what is not up to date among the numbered notebooks, and say what was made."
+# %% ../nbs/paper.ipynb #d528727f
+def run_numbered(asked:dict,  # parameters by name; each notebook takes those that it has
+                 pass_on=None, # see `run_notebook`
+                 earlier=()   # rows of runs whose files may be written again
+    ) -> tuple:               # rows of `made_table`, earlier ones first; why it stopped or ''
+    "Run what is not up to date among the numbered notebooks."
     from papermill.exceptions import PapermillExecutionError
     from rlsft_nb.core import Problem, read_json
-    rows, failed = [], ''
+    rows = list(earlier)
     try:
         for nb in numbered():
             params = notebook_params(nb)
-            values = check_asked(params, {k: v for k, v in dict(model=model, seed=seed).items() if k in params}, nb.stem)
+            values = check_asked(params, {k: v for k, v in asked.items() if k in params}, nb.stem)
             out, old = output_path(nb, values), up_to_date(nb, values)
-            rows.append((out, read_json(_record_path(out)) if old else run_notebook(nb, values), not old))
+            tell = pass_on and (lambda line: pass_on(f'{nb.stem}  {line}'))
+            rows.append((str(out), read_json(_record_path(out)) if old else run_notebook(nb, values, tell), not old))
             if not old: _hand_over(rows)
-    except PapermillExecutionError as e: failed = f'{nb.name} stopped. ' + (short_message(e) or str(e))
+    except PapermillExecutionError as e: return rows, f'{nb.name} stopped. ' + (short_message(e) or str(e))
+    except Problem as e: return rows, str(e)
+    return rows, ''
+
+# %% ../nbs/paper.ipynb #e90e9788
+def seed_lane(model:str, seed:int,
+              status:str # a file that holds what runs just now
+    ) -> tuple:          # as of `run_numbered`
+    "One seed of a paper; a worker function."
+    os.environ['RLSFT_WORKERS'] = '1'
+    def tell(line): Path(status).write_text(line, encoding='utf-8')
+    return run_numbered(dict(model=model, seed=seed), tell)
+
+def _status(d, seeds, done) -> list: # lines
+    "The table of seeds while they run."
+    now = {s: Path(d)/f'{s}' for s in seeds}
+    state = lambda s: done[s] if s in done else now[s].read_text(encoding='utf-8') if now[s].is_file() else 'waits'
+    return [f'seed {s:<4}{state(s)}'[:110] for s in seeds]
+
+@contextmanager
+def _table(d, seeds, done):
+    "Shows the state of all seeds: redrawn on a terminal, a line for each that ends elsewhere."
+    from tqdm import tqdm
+    tty, stop = sys.stderr.isatty(), threading.Event()
+    bars = [tqdm(bar_format='{desc}', position=i, leave=False, disable=not tty) for i, _ in enumerate(seeds)]
+    def look():
+        while not stop.wait(1):
+            for bar, line in zip(bars, _status(d, seeds, done)): bar.set_description_str(line)
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    def told(seed, line):
+        done[seed] = line
+        if not tty: print(f'seed {seed:<4}{line}', file=sys.stderr, flush=True)
+    try: yield told
+    finally:
+        stop.set(); watcher.join()
+        for bar in bars: bar.close()
+
+# %% ../nbs/paper.ipynb #d4a2364d
+def run_seeds(model:str, # a file in params/
+              n:int      # seeds 0..n-1
+    ) -> tuple:          # rows of all seeds, why some stopped or ''
+    "All seeds, each in its own process."
+    from concurrent.futures import as_completed
+    from rlsft_nb.core import _pool, load_params, named_function
+    rows, stopped, done = {}, {}, {}
+    lane = named_function('paper.seed_lane') # in a script, this module's own name is __main__
+    with tempfile.TemporaryDirectory() as d, _table(d, range(n), done) as told, _pool(min(n, load_params(model).workers)) as pool:
+        jobs = {pool.submit(lane, model, s, f'{d}/{s}'): s for s in range(n)}
+        for job in as_completed(jobs):
+            rows[jobs[job]], stopped[jobs[job]] = job.result()
+            told(jobs[job], stopped[jobs[job]] or f'done, {sum(r["seconds"] for _, r, ran in rows[jobs[job]] if ran):.0f} s')
+    return [r for s in sorted(rows) for r in rows[s]], '; '.join(f'seed {s}: {why}' for s, why in sorted(stopped.items()) if why)
+
+def run_paper(model:str='tiny', # a file in params/
+              seed:int=0,
+              seeds:int=1       # more than 1: this many, from 0 on, and what sums them up
+    ) -> int:                   # exit code
+    "Run what is not up to date among the numbered notebooks, and say what was made."
+    from rlsft_nb.core import ParamError, Problem, load_params
+    try:
+        if seeds < 1 or seeds > 1 and seed: raise ParamError(f'seed={seed}, seeds={seeds}: give a seed, or a number of seeds, which are counted from 0')
+        load_params(model)
+        rows, failed = run_seeds(model, seeds) if seeds > 1 else ([], '')
     except Problem as e: return _refuse(e)
+    if not failed: rows, failed = run_numbered(dict(model=model, seed=seed) | (dict(seeds=seeds) if seeds > 1 else {}), earlier=rows)
     if rows: print(made_table(rows))
-    if not any(ran for *_, ran in rows) and not failed: print(f'Everything is up to date for model {model}, seed {seed}.')
+    which = f'seed {seed}' if seeds == 1 else f'seeds 0 to {seeds - 1}'
+    if not any(ran for *_, ran in rows) and not failed: print(f'Everything is up to date for model {model}, {which}.')
     if failed: print(failed, file=sys.stderr)
     return 1 if failed else 0
 
@@ -350,15 +420,16 @@ def refresh(names:list # notebooks such as 'core'; all where empty
         nbformat.write(nb, p)
         nbdev_clean(str(p))
 
-# %% ../nbs/paper.ipynb #2b38c2cf
+# %% ../nbs/paper.ipynb #45ff9255
 @click.command()
 @click.argument('task', type=click.Choice(['run', 'readme', 'refresh', 'drift']), default='run')
 @click.argument('names', nargs=-1)
 @click.option('--model', default='tiny', show_default=True, help='a file in params/')
 @click.option('--seed', default=0, show_default=True)
-def main(task, names, model, seed):
+@click.option('--seeds', default=1, show_default=True, help='how many, from 0 on, side by side, with a summary')
+def main(task, names, model, seed, seeds):
     "Run the numbered notebooks; or make README.md; or refresh stored outputs; or look for drift."
-    if task == 'run': sys.exit(run_paper(model, seed))
+    if task == 'run': sys.exit(run_paper(model, seed, seeds))
     if task == 'readme': write_readme()
     if task == 'refresh': refresh(names)
     changed = drift() if task == 'drift' else []

@@ -148,3 +148,26 @@ def test_runner_failure(repo):
     assert not list((repo/'runs'/'huge').glob('*.json'))
     r = pipe('python -m rlsft_nb.paper --model qwen8b', repo)
     assert r.returncode == 2 and r.stderr == "ParamError: model='qwen8b' has no file in params/; did you mean 'qwen7b'?\n"
+
+def test_runner_of_seeds(repo):
+    run = lambda *a: pipe(' '.join(['python -m rlsft_nb.paper', *a]), repo)
+    first = run('--seeds', '3')
+    told = sorted(l for l in first.stderr.splitlines() if l.startswith('seed '))
+    assert first.returncode == 0 and [l[:12] for l in told] == ['seed 0   don', 'seed 1   don', 'seed 2   don'], first.stderr
+    made = sorted(p.name for p in (repo/'runs'/'tiny').glob('*.ipynb'))
+    assert made == ['00_toy-seed1.ipynb', '00_toy-seed2.ipynb', '00_toy-seeds3.ipynb', '00_toy.ipynb']
+    records = [json.loads((repo/'figures'/'tiny'/f'{n}.json').read_text()) for n in ('toy', 'toy-seed1', 'toy-seed2')]
+    assert [(r['seed'], r['seeds'], len(r['stages'])) for r in records] == [(0, 3, 1), (1, 1, 1), (2, 1, 1)]
+    assert all('python' in made and 'torch' in made['versions'] for r in records for made in r['stages'].values())
+    before = {p: sha(repo/p) for p in files(repo)}
+    (repo/'figures'/'tiny'/'toy-seed2.json').unlink() # as if that seed had been killed before its end
+    second, third = run('--seeds', '3'), run('--seeds', '3')
+    assert second.returncode == 0 and second.stdout.count('up to date') == 3 and {p: sha(repo/p) for p in files(repo)}.keys() == before.keys()
+    assert third.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seeds 0 to 2.'
+    r = run('--seeds', '2', '--seed', '1')
+    assert r.returncode == 2 and r.stderr == 'ParamError: seed=1, seeds=2: give a seed, or a number of seeds, which are counted from 0\n'
+
+def test_runner_of_seeds_fails(repo):
+    (repo/'params'/'huge.yaml').write_text('needs: {gpus: 99, gib: 80}\n')
+    r = pipe('python -m rlsft_nb.paper --model huge --seeds 2', repo)
+    assert r.returncode == 1 and 'seed 0: 00_toy.ipynb stopped. StageMissing' in r.stderr and 'seed 1: 00_toy.ipynb stopped. StageMissing' in r.stderr and 'Traceback' not in r.stderr
