@@ -1,20 +1,26 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help paper test install
+.PHONY: help paper report test install
 
 MODEL ?= tiny
 SEED ?= 0
+SEEDS ?= 1
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
 help:
-	@echo "make paper [MODEL=tiny] [SEED=0]   run the numbered notebooks and list what was made"
-	@echo "make test                          run the notebooks' lessons, the tests and the checks"
+	@echo "make paper [MODEL=tiny] [SEED=0]    run the numbered notebooks and list what was made"
+	@echo "make paper [MODEL=tiny] SEEDS=5     the same for seeds 0 to 4 side by side, and what sums them up"
+	@echo "make report [MODEL=tiny]            one HTML page of what was made: claims, figures, provenance"
+	@echo "make test                           run the notebooks' lessons, the tests and the checks"
 
 paper: $(READY)
-	@$(BIN)/python -m rlsft_nb.paper --model $(MODEL) --seed $(SEED)
+	@$(BIN)/python -m rlsft_nb.paper --model $(MODEL) --seed $(SEED) --seeds $(SEEDS)
+
+report: $(READY)
+	@$(BIN)/python -m rlsft_nb.report --model $(MODEL)
 
 # One thread for each of two workers. A run that finds no notebook is a failure, which nbdev_test would call a success.
 # Export, clean and README drift, and pyflakes, are tests/test_repo.py.

@@ -360,16 +360,23 @@ def wilson(k,             # successes, 0..n
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
     return max(0., (mid - half)/(1 + z*z/n)), min(1., (mid + half)/(1 + z*z/n))
 
-# %% ../nbs/core.ipynb #d2e98ce4
-def mcnemar(a, # (n,) bool, first model right
-            b  # (n,) bool, second model right, on the same hands
-    ) -> dict: # n01: only the second right, n10: only the first, p: two-sided, exact
-    "McNemar's exact test of two models on the same hands."
+# %% ../nbs/core.ipynb #b4a5c553
+def mcnemar(a,           # (n,) bool, first model right
+            b,           # (n,) bool, second model right, on the same hands
+            groups=None  # (n,) hashable, such as multisets: hands of one group are not independent
+    ) -> dict:           # n01: only the second right, n10: only the first, p: two-sided
+    "McNemar's exact test; with groups never below the p of its form for clustered pairs (Durkalski et al. 2003)."
     a, b = [bool(x) for x in a], [bool(x) for x in b]
     if len(a) != len(b): raise ValueError(f'len(a)={len(a)}, len(b)={len(b)}: expected the same hands')
     n01, n10 = sum(y and not x for x, y in zip(a, b)), sum(x and not y for x, y in zip(a, b))
-    n, m = n01 + n10, min(n01, n10)
-    return dict(n01=n01, n10=n10, p=min(1., 2*sum(math.comb(n, i) for i in range(m + 1))/2**n))
+    n, m, gain = n01 + n10, min(n01, n10), {}
+    p = min(1., 2*sum(math.comb(n, i) for i in range(m + 1))/2**n)
+    if groups is not None:
+        if len(groups := list(groups)) != len(a): raise ValueError(f'len(groups)={len(groups)}: expected {len(a)}, one a hand')
+        for x, y, g in zip(a, b, groups): gain[g] = gain.get(g, 0) + y - x
+        spread = math.sqrt(sum(v*v for v in gain.values()))
+        p = max(p, math.erfc(abs(n01 - n10)/spread/2**.5)) if spread else 1.
+    return dict(n01=n01, n10=n10, p=p)
 
 # %% ../nbs/core.ipynb #dcb1d5a1
 def mean_spread(xs,            # (n,) numbers, one a seed

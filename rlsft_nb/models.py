@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'ModelError', 'find_gguf', 'locate', 'weights_id', 'check_finite', 'load_lm', 'save_lm', 'encode',
-           'stop_ids', 'generate_ids', 'generate', 'summarize', 'evaluate', 'cells', 'device', 'score', 'base_stage']
+           'stop_ids', 'generate_ids', 'generate', 'summarize', 'evaluate', 'cells', 'clusters', 'device', 'score',
+           'base_stage']
 
-# %% ../nbs/01_models.ipynb #442f18dc
+# %% ../nbs/01_models.ipynb #6c7e8065
 from contextlib import contextmanager
+from multiprocessing import current_process
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -217,15 +219,20 @@ def evaluate(lm, tok,
     ask = lambda chats: generate(lm, tok, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed)
     return summarize(play(hands, ask, rule, attempts, feedback, target), rule, target, other)
 
-# %% ../nbs/01_models.ipynb #055f5cbd
+# %% ../nbs/01_models.ipynb #7182cb0b
 def cells(cfg) -> dict: # name -> (rule, face cards only)
     "The four test cells; the first two are the paper's."
     i, o = cfg.game.id_rule, cfg.game.ood_rule
     return {'ID': (i, False), 'OOD': (o, True), 'ID rule, face cards': (i, True), 'OOD rule, any hand': (o, False)}
 
+def clusters(cfg) -> dict: # cell -> multisets, one a test hand
+    "Hands of one multiset are not independent: what intervals and paired tests of test hands are clustered by."
+    return {c: [tuple(sorted(values(h, rule))) for h in hands('test', rule, face)[:cfg.eval.hands]] for c, (rule, face) in cells(cfg).items()}
+
 def device(cfg) -> str: # a torch device
-    "Where evaluation runs: `cfg.eval.device`, or a GPU where there is one."
-    return cfg.eval.device if cfg.eval.device != 'auto' else 'cuda' if torch.cuda.is_available() else 'cpu'
+    "Where evaluation runs: `cfg.eval.device`, or a GPU where there is one; workers take the GPUs in turns."
+    n, mine = torch.cuda.device_count(), (current_process()._identity or (1,))[0] - 1
+    return cfg.eval.device if cfg.eval.device != 'auto' else f'cuda:{mine % n}' if n else 'cpu'
 
 def score(folder:str,           # a checkpoint, see `locate`
           cfg,                  # parameters of its model

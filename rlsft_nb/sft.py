@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'expert_rows', 'answer_loss', 'trainer', 'train_sft', 'decides', 'sft_stage', 'kept', 'curve_point',
-           'curve_stage', 'named', 'named_stage', 'fig_curve', 'fig_stages', 'verdicts', 'forgetting', 'seed_summary',
-           'seeds_stage', 'seeds_table']
+           'curve_stage', 'named', 'main', 'named_stage', 'fig_curve', 'fig_stages', 'verdicts', 'forgetting',
+           'seed_summary', 'seeds_stage', 'seeds_table']
 
-# %% ../nbs/02_sft.ipynb #901e10d3
+# %% ../nbs/02_sft.ipynb #ecc1561a
+import os, sys
 from pathlib import Path
 
 import torch
 from fastcore.basics import AttrDict
 from transformers import PrinterCallback, TrainerCallback
 
-from .core import ParamError, Stage, map_items, mcnemar, mean_spread, progress, read_json, run_stage, threads
+from .core import ParamError, Problem, Stage, map_items, mcnemar, mean_spread, progress, read_json, run_stage, threads
 from .game import answer, dataset, hands, prompt, solve, values
-from .models import cells, device, encode, load_lm, save_lm, score, weights_id
+from .launch import freeze_idle, gather_head, keep_fp32, options, rank, resolved, run_on_many, save_together, tell, world
+from .models import cells, clusters, device, encode, load_lm, score, weights_id
 
 # %% ../nbs/02_sft.ipynb #dbbaf8a4
 def expert_rows(cfg, seed:int): # datasets.Dataset: prompt and completion (chats), cards, rule, target
@@ -49,13 +51,15 @@ def answer_loss(lm, tok,
     total, tokens = map(sum, zip(*(e[0] for e in each)))
     return dict(loss=total/tokens, any=-sum(torch.tensor([-l for l, _ in e]).logsumexp(0).item() for e in each)/len(each), n=len(hands))
 
-# %% ../nbs/02_sft.ipynb #a69368f8
+# %% ../nbs/02_sft.ipynb #bc7d3f6d
 class _Keep(TrainerCallback):
     "Writes the weights at the listed steps."
-    def __init__(self, steps, folder, tok): self.steps, self.folder, self.tok = steps, folder, tok
-    def on_train_begin(self, args, state, control, **_): self.bar = progress(range(state.global_step, state.max_steps), 'sft')
+    def __init__(self, steps, save): self.steps, self.save = steps, save
+    def on_train_begin(self, args, state, control, model=None, **_):
+        gather_head(model)
+        self.bar = progress(range(state.global_step, state.max_steps), 'sft') if not rank() else iter(())
     def on_step_end(self, args, state, control, model=None, **_):
-        if state.global_step in self.steps: save_lm(model, self.tok, self.folder/f'step-{state.global_step}')
+        if state.global_step in self.steps: self.save(model, state.global_step)
         next(self.bar, None)
 
 def _newest(folder): # the newest whole checkpoint; its last file is written last
@@ -68,18 +72,21 @@ def trainer(cfg, folder, seed:int, lm, tok):
     "The `SFTTrainer` of one run."
     import datasets
     from trl import SFTConfig, SFTTrainer # takes seconds, and only training needs it
-    s, cpu = cfg.sft, device(cfg) == 'cpu'
-    args = SFTConfig(output_dir=str(folder/'resume'), max_steps=s.steps, per_device_train_batch_size=s.batch//s.accumulate, gradient_accumulation_steps=s.accumulate,
+    s, cpu, stock = cfg.sft, device(cfg) == 'cpu', type(lm)
+    args = SFTConfig(output_dir=str(folder/'resume'), max_steps=s.steps, per_device_train_batch_size=s.batch//s.accumulate//world(), gradient_accumulation_steps=s.accumulate,
         learning_rate=s.lr, lr_scheduler_type='constant_with_warmup', warmup_steps=s.warmup, adam_beta1=s.beta1, adam_beta2=s.beta2, adam_epsilon=s.eps,
         weight_decay=s.weight_decay, max_grad_norm=s.clip, seed=seed, use_cpu=cpu, bf16=s.bf16, gradient_checkpointing=s.checkpointing,
-        save_strategy='steps', save_steps=s.save_every, save_total_limit=1, logging_steps=s.log_every, report_to='none', disable_tqdm=True)
+        save_strategy='steps', save_steps=s.save_every, save_total_limit=1, logging_steps=s.log_every, report_to='none', disable_tqdm=True, ddp_find_unused_parameters=False,
+        accelerator_config=dict(gradient_accumulation_kwargs=dict(sync_each_batch=True))) # else shards keep whole gradients meanwhile
+    save = lambda model, n: save_together(t.accelerator, model, stock, tok, folder/f'step-{n}')
     datasets.disable_progress_bars()
-    t = SFTTrainer(lm, args, train_dataset=expert_rows(cfg, seed).select_columns(['prompt', 'completion']), processing_class=tok, callbacks=[_Keep(s.checkpoints, folder, tok)])
+    t = SFTTrainer(freeze_idle(lm), args, train_dataset=expert_rows(cfg, seed).select_columns(['prompt', 'completion']), processing_class=tok, callbacks=[_Keep(s.checkpoints, save)])
     datasets.enable_progress_bars()
     t.remove_callback(PrinterCallback)
+    keep_fp32(t.accelerator)
     return t
 
-# %% ../nbs/02_sft.ipynb #c165cbff
+# %% ../nbs/02_sft.ipynb #c3bfffd1
 def train_sft(cfg,        # from `load_params`
               folder,     # checkpoints go to folder/step-N, the state to folder/resume
               seed:int=0
@@ -89,14 +96,15 @@ def train_sft(cfg,        # from `load_params`
     late = [n for n in s.checkpoints if not 0 < n <= s.steps]
     if late: raise ParamError(f'sft.checkpoints={s.checkpoints}: {late[0]} is not within 1..sft.steps={s.steps}')
     if s.batch % s.accumulate: raise ParamError(f'sft.batch={s.batch} is no multiple of sft.accumulate={s.accumulate}')
+    if s.batch//s.accumulate % world(): raise ParamError(f'sft.batch={s.batch} over sft.accumulate={s.accumulate} is no multiple of {world()} processes')
     with threads(cfg.threads):
-        lm, tok = load_lm(cfg.name, cfg, device(cfg), cfg.model.dtype)
+        lm, tok = load_lm(cfg.name, cfg, device(cfg) if world() == 1 else 'cpu', cfg.model.dtype) # shards move one by one
         t = trainer(cfg, folder, seed, lm, tok)
         t.train(resume_from_checkpoint=_newest(folder/'resume'))
     keep = ('step', 'loss', 'learning_rate', 'grad_norm')
     return dict(steps=sorted(s.checkpoints), log=[{k: h[k] for k in keep} for h in t.state.log_history if 'loss' in h])
 
-# %% ../nbs/02_sft.ipynb #89533a64
+# %% ../nbs/02_sft.ipynb #982531d6
 def decides(cfg) -> dict: # parameters of the training stage
     "All that decides the weights SFT ends in, besides the seed."
     return dict(weights=weights_id(cfg), dtype=cfg.model.dtype, game=cfg.game, sft=cfg.sft)
@@ -104,7 +112,7 @@ def decides(cfg) -> dict: # parameters of the training stage
 def sft_stage(cfg, seed:int=0) -> Stage:
     "The training stage, made if needed."
     st = Stage('sft', cfg.name, decides(cfg), seed=seed, notebook='02_sft.ipynb')
-    return run_stage(st, lambda folder: train_sft(cfg, folder, seed), cfg)
+    return run_on_many(st, lambda folder: train_sft(cfg, folder, seed), cfg, 'sft', seed=seed)
 
 def kept(cfg, seed:int=0) -> dict: # step -> folder or model name; step 0 is the base
     "The checkpoints of SFT."
@@ -133,6 +141,18 @@ def named(cfg, seed:int=0) -> dict: # base, peak and end -> folder or model name
     "The three checkpoints that later stages speak of."
     r, at = curve_stage(cfg, seed).results(), kept(cfg, seed)
     return dict(base=at[0], peak=at[r['peak']], end=at[r['end']])
+
+# %% ../nbs/02_sft.ipynb #e67b20a0
+def main(argv:list=None) -> int: # exit code
+    "Fine-tunes: `python -m rlsft_nb.sft --model tiny [--seed N] [--overrides YAML]`."
+    args = options('sft', 'Fine-tunes a model on expert answers; goes on where a killed run stopped.').parse_args(argv)
+    try: st = sft_stage(resolved(args), args.seed)
+    except Problem as e: tell(e); return 1
+    if not rank(): print(st.path)
+    return 0
+
+# %% ../nbs/02_sft.ipynb #38a388cb
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook
 
 # %% ../nbs/02_sft.ipynb #750e16cf
 def named_stage(cfg, seed:int=0) -> Stage:
@@ -192,16 +212,18 @@ def fig_stages(scores:dict, # stage -> record with `within` (reading) -> cell
     axes[0].set_ylabel('success rate'); axes[0].set_ylim(0, 1.02); axes[1].legend(fontsize=8); fig.suptitle(title, y=1.02)
     return fig
 
-# %% ../nbs/02_sft.ipynb #99a7b88e
+# %% ../nbs/02_sft.ipynb #e1cb4257
 def _says(gain, p, alpha=.01): return 'within noise' if p >= alpha else 'holds' if gain > 0 else 'fails'
 
-def verdicts(curve:dict, scores:dict) -> list: # rows of `verdict_table`
+def verdicts(curve:dict, scores:dict,
+             by:dict # from `clusters`
+    ) -> list:       # rows of `verdict_table`
     "The four claims of this notebook, by the thresholds in its claim cell."
     pick = lambda s, cell: scores[s]['within'][cell]
     rows = []
     for cell, sign, claim, paper in (('OOD', -1, 'OOD accuracy falls after its peak', '17.5 % to 9.0 % (Llama), 19.7 % to 17.1 % (Qwen), n = 234'), ('ID', 1, 'ID accuracy rises from peak to end', '24.8 % to 68.4 % (Llama), 26.1 % to 43.6 % (Qwen)')):
         a, b = pick('peak', cell), pick('end', cell)
-        m = mcnemar([*map(int, a['hits'])], [*map(int, b['hits'])])
+        m = mcnemar(map(int, a['hits']), map(int, b['hits']), by[cell])
         gain = sign*(b['first']['rate'] - a['first']['rate'])
         rows.append(dict(claim=claim, paper=paper, here=f"{a['first']['rate']:.1%} to {b['first']['rate']:.1%}", n=a['n'], interval=(b['first']['lo'], b['first']['hi']), null=f"McNemar p = {m['p']:.2g}", verdict=_says(gain, m['p'])))
     ood = [p['loss']['ood']['loss'] for p in curve['points']]
@@ -215,17 +237,17 @@ def forgetting(scores:dict) -> list: # one dict a stage
     "What first answers on OOD hands were like: format, card values, the other rule."
     return [dict(stage=s, OOD=r['first']['rate'], format=r['format'], values=r['numbers'], right_under_id_rule=r['other'], **r['outcomes']) for s, v in scores.items() for r in [v['within']['OOD']]]
 
-# %% ../nbs/02_sft.ipynb #71854a4d
+# %% ../nbs/02_sft.ipynb #b3db3571
 def seed_summary(cfg, seed:int) -> dict:
     "One seed in a line; a worker function."
     cfg = AttrDict(cfg | dict(workers=1)) # seeds run side by side already
-    curve, scores = curve_stage(cfg, seed).results(), named_stage(cfg, seed).results()
+    curve, scores, by = curve_stage(cfg, seed).results(), named_stage(cfg, seed).results(), clusters(cfg)
     rate = lambda s, cell, part='first': scores[s]['within'][cell][part]['rate']
-    paired = {cell: mcnemar(*([*map(int, scores[s]['within'][cell]['hits'])] for s in ('peak', 'end')))['p'] for cell in ('ID', 'OOD')}
+    paired = {cell: mcnemar(*(map(int, scores[s]['within'][cell]['hits']) for s in ('peak', 'end')), by[cell])['p'] for cell in ('ID', 'OOD')}
     authors = {f'{s} {cell}': scores[s]['authors'][cell]['within']['rate'] for s in ('peak', 'end') for cell in ('ID', 'OOD')}
     return dict(seed=seed, peak=curve['peak'], end=curve['end'], n=scores['end']['within']['OOD']['n'], p=paired, authors=authors,
                 rates={f'{s} {cell}': rate(s, cell) for s in scores for cell in ('ID', 'OOD')}, within={f'{s} {cell}': rate(s, cell, 'within') for s in scores for cell in ('ID', 'OOD')},
-                verdicts=[r['verdict'] for r in verdicts(curve, scores)])
+                verdicts=[r['verdict'] for r in verdicts(curve, scores, by)])
 
 def seeds_stage(cfg, n:int) -> Stage:
     "Seeds 0 to n-1; results: one `seed_summary` a seed."

@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['CUT', 'NULLS', 'BYTES', 'GUIDE', 'RANGE', 'COLUMNS', 'READINGS', 'Spectrum', 'decompose', 'singular_values',
-           'structural_zeros', 'principal_angles', 'overlap', 'nested_angles', 'vector_angles', 'clusters',
+           'structural_zeros', 'principal_angles', 'overlap', 'nested_angles', 'overlaps', 'vector_angles', 'clusters',
            'cluster_angles', 'first_order', 'first_order_principal', 'random_angles', 'null_update', 'storage_noise',
-           'bands', 'lead', 'statistics', 'beyond', 'split_update', 'update_mask', 'ranks', 'measure', 'end_alignment',
-           'as_coded', 'open_weights', 'measure_pair', 'measure_ends', 'compare', 'summary', 'draw_values',
-           'draw_principal', 'draw_vectors', 'long_side', 'fig_pair', 'fig_overview', 'headline', 'write_report',
-           'main', 'pairs', 'pair_stage', 'fig3', 'trimmed', 'fig4', 'fig_law', 'verdicts']
+           'bands', 'lead', 'compared', 'beyond', 'split_update', 'entry_masks', 'update_mask', 'ranks', 'measure',
+           'end_alignment', 'coded_rank', 'as_coded', 'open_weights', 'measure_pair', 'measure_ends', 'compare',
+           'summary', 'draw_values', 'draw_principal', 'draw_vectors', 'long_side', 'fig_pair', 'fig_overview',
+           'median_interval', 'against', 'headline', 'write_report', 'main', 'pairs', 'pair_stage', 'fig3', 'trimmed',
+           'values_part', 'angles_part', 'fig4', 'fig_law', 'fig_size', 'verdicts']
 
-# %% ../nbs/04_spectra.ipynb #6895502b
+# %% ../nbs/04_spectra.ipynb #685925d5
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
-import argparse, base64, hashlib, html, io, json, math, os, sys
+import argparse, base64, hashlib, html, io, json, math, os, sys, zlib
 
 import numpy as np, scipy.linalg, torch
 from scipy.special import stdtrit
+from scipy.stats import binom
 from torch import Tensor
 
 from .core import Stage, atomic_write, map_items, run_stage, runs_root, wilson, write_json
 from .models import load_lm, locate, save_lm
 from .weights import Checkpoint, paired, read_matrix
 
-# %% ../nbs/04_spectra.ipynb #75e22cf9
+# %% ../nbs/04_spectra.ipynb #25807f5f
 CUT = 1e-3 # of the largest singular value: below it a direction is computed a second time
 
 class Spectrum(NamedTuple):
@@ -37,7 +39,6 @@ class Spectrum(NamedTuple):
 def _matrix(W, name='W') -> Tensor:
     "`W` in fp64 after the checks that every decomposition needs."
     if W.ndim != 2 or 0 in W.shape: raise ValueError(f'{name} has shape {tuple(W.shape)}, expected two dimensions, neither of them 0')
-    if not W.isfinite().all(): raise ValueError(f'{name} holds NaN or infinity')
     return W.detach().double()
 
 def _times(A, B) -> Tensor: # on the CPU numpy multiplies faster, and does half the work of a symmetric product
@@ -45,19 +46,27 @@ def _times(A, B) -> Tensor: # on the CPU numpy multiplies faster, and does half 
 
 def _gram(A) -> Tensor: return _times(A.mT, A)
 
-def _eigh(G) -> tuple:
-    "Eigenvalues and vectors, ascending, by divide and conquer."
-    if G.is_cuda: return torch.linalg.eigh(G)
-    w, Q = scipy.linalg.eigh(G.numpy(), driver='evd', overwrite_a=True, check_finite=False)
-    return torch.from_numpy(w), torch.from_numpy(Q)
+def _finite(G) -> Tensor: # a Gram matrix shows NaN and infinity on its diagonal
+    if not G.diagonal().isfinite().all(): raise ValueError('W holds NaN or infinity')
+    return G
 
-# %% ../nbs/04_spectra.ipynb #ce2a0aab
+def _norms(A) -> Tensor: # of the columns; einsum needs no second copy
+    return A.norm(dim=0) if A.is_cuda else torch.from_numpy(np.sqrt(np.einsum('ij,ij->j', A.numpy(), A.numpy())))
+
+# %% ../nbs/04_spectra.ipynb #bf988cc5
+def _eigh(G) -> Tensor:
+    "Eigenvectors as columns, the largest eigenvalue first, by divide and conquer."
+    if G.is_cuda: return torch.linalg.eigh(G)[1].flip(1)
+    Q = scipy.linalg.eigh(G.numpy().T, driver='evd', overwrite_a=True, check_finite=False)[1] # .T: the order of Fortran
+    return torch.from_numpy(Q.T[::-1].copy()).mT
+
+# %% ../nbs/04_spectra.ipynb #7b1189a1
 def _eigvals(G) -> Tensor:
     "Eigenvalues alone, ascending."
     if G.is_cuda or not len(G): return torch.linalg.eigvalsh(G)
-    return torch.from_numpy(scipy.linalg.eigvalsh(G.numpy(), driver='evd', overwrite_a=True, check_finite=False))
+    return torch.from_numpy(scipy.linalg.eigvalsh(G.numpy().T, driver='evd', overwrite_a=True, check_finite=False))
 
-# %% ../nbs/04_spectra.ipynb #4063ce6e
+# %% ../nbs/04_spectra.ipynb #62231c75
 def decompose(W:Tensor # (m, n), any float dtype, on any device
     ) -> Spectrum:     # float64, on the device of `W`
     "The thin singular value decomposition of `W`."
@@ -65,9 +74,9 @@ def decompose(W:Tensor # (m, n), any float dtype, on any device
     if A.shape[0] < A.shape[1]:
         V, s, Ut = decompose(A.mT.contiguous())
         return Spectrum(Ut.mT, s, V.mT)
-    V = _eigh(_gram(A))[1].flip(1)
+    V = _eigh(_finite(_gram(A)))
     U = _times(A, V)
-    s, order = U.norm(dim=0).sort(descending=True, stable=True)
+    s, order = _norms(U).sort(descending=True, stable=True)
     good, p = int((s > CUT*s[0]).sum()), len(s)
     if good < p - max(8, p//4) or s[0] == 0: return Spectrum(*torch.linalg.svd(A, full_matrices=False))
     if (order.diff() < 0).any(): U, V = U[:, order], V[:, order]
@@ -88,13 +97,13 @@ def _guard(A, U, s, V, good):
         Z = Z*R.diagonal().sign()
     U[:, good:], V[:, good:] = Z, V[:, good:] @ Bt.mT
 
-# %% ../nbs/04_spectra.ipynb #93eab376
+# %% ../nbs/04_spectra.ipynb #c82b2e93
 def singular_values(W:Tensor # (m, n), any float dtype
     ) -> Tensor:             # (p,) float64, descending
     "The singular values of `W`, without vectors."
     A = _matrix(W)
     A = A if A.shape[0] >= A.shape[1] else A.mT.contiguous()
-    lam = _eigvals(_gram(A))
+    lam = _eigvals(_finite(_gram(A)))
     if lam[0] < 1e-11*lam[-1] or lam[-1] == 0: return torch.linalg.svdvals(A)
     return lam.flip(0).sqrt()
 
@@ -119,7 +128,7 @@ def principal_angles(U:Tensor,  # (d, >=k) float64, orthonormal columns
     theta[:structural_zeros(len(U), k)] = 0
     return theta
 
-# %% ../nbs/04_spectra.ipynb #8625086b
+# %% ../nbs/04_spectra.ipynb #958b491a
 def overlap(U:Tensor, U0:Tensor # (d, p) float64, orthonormal columns
     ) -> tuple:                 # (p, p) cosines, (p, p) Gram matrix of what leaves the span of U0 (None where d = p)
     "What all angles of one side are made from."
@@ -135,14 +144,18 @@ def nested_angles(M, R, k:int, d:int # from `overlap`; dimension of the space
     w = w[structural_zeros(d, k) if R is not None else 0:].clamp(0, 1)
     return torch.atan2(w.sqrt(), (1 - w).sqrt())
 
-# %% ../nbs/04_spectra.ipynb #c140a43d
+def overlaps(S:Spectrum, S0:Spectrum) -> dict: # U and V -> `overlap`
+    "Both sides of a pair."
+    return dict(U=overlap(S.U, S0.U), V=overlap(S.Vt.mT, S0.Vt.mT))
+
+# %% ../nbs/04_spectra.ipynb #27850d53
 def vector_angles(A:Spectrum, # of W
                   B:Spectrum  # of the reference
     ) -> tuple:               # (p,) and (p,) radians, 0..pi: left, right
     "Angle of each singular vector to the one of equal index, with one sign for both sides."
     sign = ((A.U*B.U).sum(0) + (A.Vt*B.Vt).sum(1)).sign()
     sign[sign == 0] = 1
-    chord = (A.U*sign - B.U).norm(dim=0), (A.Vt*sign[:, None] - B.Vt).norm(dim=1)
+    chord = [_norms((X*sign).sub_(Y)) for X, Y in ((A.U, B.U), (A.Vt.mT, B.Vt.mT))]
     return tuple(2*(c/2).clamp(max=1).asin() for c in chord)
 
 def clusters(s, s0,    # (p,) singular values of W and of the reference, descending
@@ -230,7 +243,7 @@ def storage_noise(W:Tensor, g # (m, n), torch.Generator on the CPU
     ulp = (torch.frexp(W).exponent - 8).double().exp2() # 8 significant bits
     return ulp*(torch.rand(W.shape, generator=g, dtype=torch.float64).to(W.device) - .5)
 
-# %% ../nbs/04_spectra.ipynb #d3b99fe6
+# %% ../nbs/04_spectra.ipynb #c4b70b30
 def bands(p:int) -> dict: # name -> slice
     "Head and tail, a tenth of the directions each, and the bulk between."
     t = max(1, p//10)
@@ -242,14 +255,19 @@ def lead(s0 # (p,) singular values of the reference
     lo, hi = max(1, math.ceil(.2*len(s0))), max(1, int(.3*len(s0)))
     return lo + int((s0[lo - 1:hi]/s0[lo:hi + 1].clamp(min=1e-300)).argmax()) if lo < hi < len(s0) else lo
 
-def statistics(S:Spectrum, S0:Spectrum) -> dict: # name -> radians; values: Frobenius norm
-    "What a measurement and its null are compared in."
-    k, d = lead(S0.s), (len(S.U), S.Vt.shape[1])
-    sides = [nested_angles(*overlap(A, B), k, n) for A, B, n in ((S.U, S0.U, d[0]), (S.Vt.mT, S0.Vt.mT, d[1])) if k < n]
-    singles = sum(vector_angles(S, S0))/2
-    out = dict(lead=torch.cat(sides).mean() if sides else singles.mean()*0, values=(S.s - S0.s).norm())
-    out |= {b: singles[at].clamp(min=1e-12).log().mean().exp() for b, at in bands(len(S.s)).items() if len(singles[at])}
-    return {name: float(x) for name, x in out.items()}
+def compared(S:Spectrum, S0:Spectrum, # of W and of the reference
+             ks:list=(),              # numbers of directions
+             sides:dict=None          # from `overlaps`, where they are at hand
+    ) -> tuple:                       # name -> number; name -> curve in radians
+    "The numbers a measurement and its null are compared in; all angles: U and V vector by vector, U8 and V8 of the first 8 directions."
+    k, d, singles = lead(S0.s), dict(U=len(S.U), V=S.Vt.shape[1]), vector_angles(S, S0)
+    curves = dict(zip('UV', singles))
+    for side, MR in (sides or overlaps(S, S0)).items():
+        curves |= {f'{side}{j}': nested_angles(*MR, j, d[side]) for j in sorted({k, *ks}) if j < d[side]}
+    quarter, both = [curves[n] for n in (f'U{k}', f'V{k}') if n in curves], sum(singles)/2
+    out = dict(lead=torch.cat(quarter).mean() if quarter else 0., values=(S.s - S0.s).norm())
+    out |= {b: both[at].clamp(min=1e-12).log().mean().exp() for b, at in bands(len(S.s)).items() if len(both[at])}
+    return {name: float(x) for name, x in out.items()}, curves
 
 # %% ../nbs/04_spectra.ipynb #87e9e65f
 def beyond(x:float,       # measured, > 0
@@ -263,34 +281,40 @@ def beyond(x:float,       # measured, > 0
     verdict = 'beyond' if z > half else 'below' if z < -half else 'within'
     return dict(ratio=math.exp(z), lo=math.exp(-half), hi=math.exp(half), verdict=verdict)
 
-# %% ../nbs/04_spectra.ipynb #719a22b7
-def split_update(D:Tensor, S0:Spectrum # (m, n) float64, decomposition of the reference
-    ) -> dict:                         # shares of the squared norm
+# %% ../nbs/04_spectra.ipynb #c0479123
+def split_update(S:Spectrum, S0:Spectrum, # of W and of the reference
+                 size:float,              # Frobenius norm of the update
+                 sides:dict=None          # from `overlaps`, where they are at hand
+    ) -> dict:                            # shares of the squared norm
     "How much of an update changes values and how much turns directions."
-    diagonal = (S0.U*_times(D, S0.Vt.mT)).sum(0)
-    values = float((diagonal**2).sum()/D.norm()**2)
-    return dict(values=values, rotation=1 - values, values_by_chance=min(D.shape)/D.numel())
+    M, N = (MR[0] for MR in (sides or overlaps(S, S0)).values())
+    values = float(((((M*S.s)*N).sum(1) - S0.s)**2).sum()/size**2) # diagonal of U0' W V0 - s0
+    return dict(values=values, rotation=1 - values, values_by_chance=1/max(len(S.U), S.Vt.shape[1]))
 
-# %% ../nbs/04_spectra.ipynb #9204cf79
+# %% ../nbs/04_spectra.ipynb #45f180a2
 def _largest(X) -> Tensor:
     "True at the half of the entries with the largest size."
     x = X.abs().flatten()
     return (x > x.kthvalue(max(1, x.numel()//2)).values).reshape(X.shape)
 
-def update_mask(W, W0, S0) -> dict: # changed_bf16: share of entries; *_lift: how often they changed, relative to that share
-    "Which entries moved in bf16; a lift of 1 is chance, and absent where all or none moved."
-    moved, k = W.bfloat16() != W0.bfloat16(), max(1, len(S0.s)//10)
-    low_rank = (S0.U[:, :k]*S0.s[:k]) @ S0.Vt[:k]
-    share, masks = float(moved.double().mean()), dict(principal=_largest(low_rank), small=~_largest(W0))
-    if share in (0, 1): return dict(changed_bf16=share)
-    return dict(changed_bf16=share) | {f'{n}_lift': float(moved[m].double().mean())/share for n, m in masks.items() if m.any()}
+def entry_masks(W0, S0) -> dict: # name -> (m, n) bool
+    "The entries that count as principal, and as small."
+    k = max(1, len(S0.s)//10)
+    masks = dict(principal=_largest((S0.U[:, :k]*S0.s[:k]) @ S0.Vt[:k]), small=~_largest(W0))
+    return {n: m for n, m in masks.items() if m.any()}
 
-# %% ../nbs/04_spectra.ipynb #d0b0aff2
+def update_mask(W, W0, masks) -> dict: # changed_bf16: share of entries; *_lift: how often they changed, relative to that share
+    "Which entries moved in bf16; a lift of 1 is evenly, and absent where all or none moved."
+    moved = W.bfloat16() != W0.bfloat16()
+    share = float(moved.double().mean())
+    return dict(changed_bf16=share) | ({f'{n}_lift': float(moved[m].double().mean())/share for n, m in masks.items()} if 0 < share < 1 else {})
+
+# %% ../nbs/04_spectra.ipynb #389c81cd
 def _curve(x, n=512) -> list:
-    "At most `n` values, six digits."
+    "At most `n` values, five digits."
     x = x.detach().cpu()
     at = torch.linspace(0, len(x) - 1, min(n, len(x))).round().long() if len(x) else []
-    return [float(f'{v:.6g}') for v in x[at].tolist()]
+    return [float(f'{v:.5g}') for v in x[at].tolist()]
 
 def ranks(ks:list, p:int) -> list: # ascending, 1..p
     "Subspace sizes: an int is a number of directions, a float a fraction of p."
@@ -299,9 +323,8 @@ def ranks(ks:list, p:int) -> list: # ascending, 1..p
     ks = [max(1, round(k*p)) if isinstance(k, float) else k for k in ks]
     return sorted({k for k in ks if k <= p})
 
-def _side(A, B, ks) -> dict:
+def _side(d, M, R, ks) -> dict:
     "Principal angles of one side for every k, and the overlap of bands."
-    d, (M, R) = len(A), overlap(A, B)
     out = []
     for k in ks:
         a = nested_angles(M, R, k, d).rad2deg()
@@ -310,36 +333,39 @@ def _side(A, B, ks) -> dict:
     both = {b: (float((M[at, at]**2).sum()), at.stop - at.start) for b, at in bands(len(M)).items()}
     return dict(d=d, principal=out, bands={b: dict(overlap=x/n, by_chance=n/d) for b, (x, n) in both.items() if n})
 
-# %% ../nbs/04_spectra.ipynb #088cef53
-def _nulls(W0, D, S0, null, draws, g) -> dict:
-    "Statistics and curves of `draws` updates without structure."
-    got, k = [], lead(S0.s)
+# %% ../nbs/04_spectra.ipynb #fd5963ec
+def _degrees(curves) -> dict: return {n: _curve(c.rad2deg()) for n, c in curves.items()}
+
+def _nulls(W0, D, S0, null, draws, g, masks, ks) -> dict:
+    "Numbers and curves of `draws` updates without structure."
+    got = []
     for _ in range(draws):
-        S = decompose(W0 + null_update(D, null, g))
-        curves = {f'{side}{name}': x for side, A, B, v in zip('UV', (S.U, S.Vt.mT), (S0.U, S0.Vt.mT), vector_angles(S, S0))
-                  for name, x in (('', v.rad2deg()), ('_principal', nested_angles(*overlap(A, B), k, len(A)).rad2deg()))}
-        got.append((statistics(S, S0), curves | dict(values=S.s - S0.s)))
-    stack = {name: torch.stack([c[name] for _, c in got]) for name, x in got[0][1].items() if len(x)}
-    band = {name: dict(mean=_curve(x.mean(0)), lo=_curve(x.quantile(.025, 0)), hi=_curve(x.quantile(.975, 0))) for name, x in stack.items()}
-    return dict(draws={n: [d[n] for d, _ in got] for n in got[0][0]}, curves=band)
+        S = decompose(W := W0 + null_update(D, null, g))
+        numbers, curves = compared(S, S0, ks)
+        got.append((numbers | _lift(W, W0, masks), {n: c.rad2deg() for n, c in curves.items()} | dict(values=S.s - S0.s)))
+    stack = {name: torch.stack([c[name] for _, c in got]) for name in got[0][1]}
+    band = {name: dict(lo=_curve(x.quantile(.025, 0)), hi=_curve(x.quantile(.975, 0))) for name, x in stack.items()}
+    return dict(draws={n: [d[n] for d, _ in got] for n in got[0][0] if all(n in d for d, _ in got)}, curves=band)
 
-def _storage(W0, S0, g) -> dict:
+def _lift(W, W0, masks) -> dict:
+    "The numbers of the update mask, where there are any."
+    return {n: x for n, x in update_mask(W, W0, masks).items() if n.endswith('_lift')}
+
+# %% ../nbs/04_spectra.ipynb #760855d7
+def _storage(W0, S0, g, ks) -> dict:
     "The same for rounding to bf16."
-    S, k = decompose(W0 + storage_noise(W0, g)), lead(S0.s)
-    u, v = vector_angles(S, S0)
-    sides = dict(U=nested_angles(*overlap(S.U, S0.U), k, len(S.U)), V=nested_angles(*overlap(S.Vt.mT, S0.Vt.mT), k, S.Vt.shape[1]))
-    curves = dict(U=u, V=v) | {f'{n}_principal': a for n, a in sides.items()}
-    return dict(statistics=statistics(S, S0), curves={n: _curve(c.rad2deg()) for n, c in curves.items()})
+    numbers, curves = compared(decompose(W0 + storage_noise(W0, g)), S0, ks)
+    return dict(statistics=numbers, curves=_degrees(curves))
 
-# %% ../nbs/04_spectra.ipynb #8fbf56f1
-def _first_order(W0, D, S0, g) -> dict:
+def _first_order(W0, D, S0, g, ks) -> dict:
     "The same by formula."
     m, n = W0.shape
-    both = list(zip(first_order(S0.s, m, n, D.norm()), first_order_principal(S0.s, m, n, D.norm(), lead(S0.s), g)))
-    sides = dict(zip('UV', both[::-1] if m >= n else both))
-    return {f'{s}{name}': _curve(x.rad2deg()) for s, pair in sides.items() for name, x in zip(('', '_principal'), pair)}
+    names, size = 'VU' if m >= n else 'UV', D.norm() # short side, long side
+    curves = dict(zip(names, first_order(S0.s, m, n, size)))
+    for k in ks: curves |= {f'{side}{k}': c for side, c in zip(names, first_order_principal(S0.s, m, n, size, k, g)) if len(c)}
+    return _degrees(curves)
 
-# %% ../nbs/04_spectra.ipynb #1e93d55d
+# %% ../nbs/04_spectra.ipynb #a9f5f10c
 def measure(W:Tensor,          # (m, n) float
             W0:Tensor,         # (m, n), the reference
             ks:list=(.25,),    # as in `ranks`
@@ -356,31 +382,34 @@ def measure(W:Tensor,          # (m, n) float
     if not D.any(): return out
     S, p = decompose(A), len(S0.s)
     dead = int((torch.minimum(S.s, S0.s) <= 1e-12*S0.s[0]).sum()) # directions that a matrix of lower rank does not have
-    return out | dict(lead=lead(S0.s), dead=dead) | _values(S, S0, D) | _angles(S, S0, D, sorted({lead(S0.s), *ranks(ks, p)})) | update_mask(W, W0, S0) | _judged(A0, D, S, S0, null, draws, g)
+    ks, sides = sorted({lead(S0.s), *ranks(ks, p)}), overlaps(S, S0)
+    return out | dict(lead=lead(S0.s), dead=dead) | _values(S, S0, D, sides) | _angles(S, S0, D, ks, sides) | _judged(A, A0, D, S, S0, null, draws, g, ks, sides)
 
-def _values(S, S0, D) -> dict:
+def _values(S, S0, D, sides) -> dict:
     "Singular values and their change; what the update is made of."
     ds, sd = S.s - S0.s, singular_values(D)
-    energy = (sd**2).cumsum(0)/(sd**2).sum()
-    return dict(ds=_curve(ds), shift=float(ds.norm()/S0.s.norm()), largest=float(ds.abs().max()), relative=float((ds.abs()/S0.s.clamp(min=1e-300)).median()),
-                sd=_curve(sd), spectral=float(sd[0]), rank=int((sd > sd[0]*max(D.shape)*2**-52).sum()), rank90=int((energy < .9).sum()) + 1, split=split_update(D, S0))
+    share = (sd**2).cumsum(0)/(sd**2).sum()
+    energy = {b: [float((x.s[at]**2).sum()/(x.s**2).sum().clamp(min=1e-300)) for x in (S0, S)] for b, at in bands(len(ds)).items()} # before, after
+    return dict(energy=energy, ds=_curve(ds), shift=float(ds.norm()/S0.s.norm()), largest=float(ds.abs().max()), relative=float((ds.abs()/S0.s.clamp(min=1e-300)).median()),
+                sd=_curve(sd), spectral=float(sd[0]), rank=int((sd > sd[0]*max(D.shape)*2**-52).sum()), rank90=int((share < .9).sum()) + 1, split=split_update(S, S0, float(D.norm()), sides))
 
-# %% ../nbs/04_spectra.ipynb #e91a9330
-def _angles(S, S0, D, ks) -> dict:
+# %% ../nbs/04_spectra.ipynb #3285b34d
+def _angles(S, S0, D, ks, sides) -> dict:
     "All angles."
     tol = max(2*float(D.norm())/math.sqrt(D.numel()), 1e-12*float(S0.s[0]))
     spans = clusters(S.s, S0.s, tol)
     single = vector_angles(S, S0)
     fair = cluster_angles(S, S0, spans, single)
-    sides = {n: _side(A, B, ks) | dict(vectors=_curve(v.rad2deg()), clustered=_curve(c.rad2deg()))
-             for n, A, B, v, c in zip('UV', (S.U, S.Vt.mT), (S0.U, S0.Vt.mT), single, fair)}
-    return dict(sides=sides, clusters=dict(tolerance=tol, number=len(spans), largest=max(j - i for i, j in spans)))
+    out = {n: _side(d, *sides[n], ks) | dict(vectors=_curve(v.rad2deg()), clustered=_curve(c.rad2deg()))
+           for n, d, v, c in zip('UV', (len(S.U), S.Vt.shape[1]), single, fair)}
+    return dict(sides=out, clusters=dict(tolerance=tol, number=len(spans), largest=max(j - i for i, j in spans)))
 
-def _judged(A0, D, S, S0, null, draws, g) -> dict:
+def _judged(A, A0, D, S, S0, null, draws, g, ks, sides) -> dict:
     "The measurement against every null."
-    got, here = _nulls(A0, D, S0, null, draws, g), statistics(S, S0)
-    verdicts = {n: dict(here=x) | beyond(x, got['draws'][n]) for n, x in here.items()}
-    return dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got), storage=_storage(A0, S0, g), first_order=_first_order(A0, D, S0, g))
+    masks = entry_masks(A0, S0)
+    got, here = _nulls(A0, D, S0, null, draws, g, masks, ks), compared(S, S0, sides=sides)[0] | _lift(A, A0, masks)
+    verdicts = {n: dict(here=x) | beyond(x, got['draws'][n]) for n, x in here.items() if n in got['draws']}
+    return update_mask(A, A0, masks) | dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got), storage=_storage(A0, S0, g, ks), first_order=_first_order(A0, D, S0, g, ks))
 
 # %% ../nbs/04_spectra.ipynb #f60cd4aa
 def end_alignment(E:Tensor, # (tokens, d) embedding
@@ -393,17 +422,20 @@ def end_alignment(E:Tensor, # (tokens, d) embedding
     angle = principal_angles(*(decompose(W).Vt[:k].mT for W in (H, E)), k)[structural_zeros(d, k):].rad2deg().mean() if k < d else torch.zeros(())
     return dict(cosine=float(cos.mean()), cosine_by_chance=1/math.sqrt(n*d), k=k, angle=float(angle), angle_by_chance=float(random_angles(d, k).mean()) if k < d else 0.)
 
-# %% ../nbs/04_spectra.ipynb #2303c062
+# %% ../nbs/04_spectra.ipynb #a2c15e77
+def coded_rank(shape, width:int) -> int: # shape of the matrix, hidden size of the model
+    "Their 768 directions, as a share of the width."
+    return min(max(1, round(768/4096*width)), *shape)
+
 def as_coded(W:Tensor, W0:Tensor, # (m, n) float
-             width:int            # hidden size of the model
+             k:int                # directions, from `coded_rank`
     ) -> dict:                    # k; ds: change of the first k values; U and V: degrees, ascending
     "Singular values and angles the authors' way."
     A, B = (torch.linalg.svd(x.float(), full_matrices=False) for x in (W, W0))
-    k = min(max(1, round(768/4096*width)), *W.shape)
     angle = lambda a, b: torch.linalg.svdvals(a.mT @ b).clamp(-1, 1).acos().rad2deg()
     return dict(k=k, ds=_curve(A[1][:k] - B[1][:k]), U=_curve(angle(B[0][:, :k], A[0][:, :k])), V=_curve(angle(B[2][:k].mT, A[2][:k].mT)))
 
-# %% ../nbs/04_spectra.ipynb #380e5ae2
+# %% ../nbs/04_spectra.ipynb #1e618abc
 BYTES = 130 # peak memory for each element of a matrix
 
 def open_weights(where, # a file in params/, a folder, a .safetensors or .gguf file, or a Hub id
@@ -424,8 +456,9 @@ def _device() -> str:
 def measure_pair(m0, m, ks, null, draws, seed, width) -> dict:
     "`measure` of a matrix in two checkpoints, read from their files; a worker function."
     W0, W = read_matrix(m0).to(_device()), read_matrix(m).to(_device())
-    out = measure(W, W0, ks, null, draws, seed) | dict(layer=m.layer, type=m.type, dtype=m.dtype)
-    return out | (dict(coded=as_coded(W, W0, width)) if out['changed'] and W.numel() <= 2**27 else {})
+    k = coded_rank(W.shape, width)
+    out = measure(W, W0, [*ks, k], null, draws, seed + zlib.crc32(m.name.encode())) | dict(layer=m.layer, type=m.type, dtype=m.dtype)
+    return out | (dict(coded=as_coded(W, W0, k)) if out['changed'] and W.numel() <= 2**27 else {})
 
 def measure_ends(embed, head) -> dict: return end_alignment(*(read_matrix(m).to(_device()) for m in (embed, head)))
 
@@ -491,41 +524,41 @@ def _row(r) -> dict:
                rank=r['rank'], rank90=r['rank90'], angle_U=_lead(r, 'U')['mean'], angle_V=_lead(r, 'V')['mean'], clusters=r['clusters']['number'])
     return out | told | {n: r.get(n) for n in ('changed_bf16', 'principal_lift', 'small_lift')}
 
-# %% ../nbs/04_spectra.ipynb #0d6c31d7
+# %% ../nbs/04_spectra.ipynb #3b37616b
 def _x(curve, n, start=1): return np.linspace(start, n, len(curve)) # thinned curves, on their own indices
 
 def draw_values(ax, r, color, label):
     "Change of the singular values, with the band of the null."
     p, band = min(r['shape']), r['null']['curves']['values']
-    ax.fill_between(_x(band['lo'], p), band['lo'], band['hi'], color='.8', lw=0)
+    ax.fill_between(_x(band['lo'], p), band['lo'], band['hi'], color=color, alpha=.25, lw=0)
     ax.plot(_x(r['ds'], p), r['ds'], color=color, lw=.9, label=label)
 
-def _references(ax, r, key, x):
+def _references(ax, r, key, x, color):
     "The nulls of one curve of angles."
     band = r['null']['curves'].get(key)
-    if band: ax.fill_between(x(band['lo']), band['lo'], band['hi'], color='.8', lw=0)
-    for curve, ls in ((r['first_order'][key], ':'), (r['storage']['curves'][key], '-.')): ax.plot(x(curve), curve, ls, color='.35', lw=.9)
+    if band: ax.fill_between(x(band['lo']), band['lo'], band['hi'], color=color, alpha=.25, lw=0)
+    for curve, ls, c in ((r['first_order'][key], ':', color), (r['storage']['curves'][key], '-.', '.35')): ax.plot(x(curve), curve, ls, color=c, lw=.9)
 
-def draw_principal(ax, r, side, color, label):
-    "Principal angles of the leading quarter with every null."
-    p, d = _lead(r, side), r['sides'][side]['d']
-    x = lambda c: _x(c, p['k'], p['zeros'] + 1)
-    _references(ax, r, f'{side}_principal', x)
-    if p['k'] < d: ax.plot(x(c := random_angles(d, p['k']).tolist()), c, 'k--', lw=.9)
+def draw_principal(ax, r, side, k, color, label):
+    "Principal angles of the first `k` directions with every null."
+    p, d = next(p for p in r['sides'][side]['principal'] if p['k'] == k), r['sides'][side]['d']
+    if k == d: ax.plot([1, d], [0, 0], color=color, lw=1.2, label=label); return
+    x = lambda c: _x(c, k, p['zeros'] + 1)
+    _references(ax, r, f'{side}{k}', x, color)
+    ax.plot(x(c := random_angles(d, k).tolist()), c, 'k--', lw=.9)
     ax.plot(x(p['curve']), p['curve'], color=color, lw=1.2, label=label)
-    ax.set_yscale('log')
 
-# %% ../nbs/04_spectra.ipynb #f37fec80
+# %% ../nbs/04_spectra.ipynb #5af6e9ee
 def draw_vectors(ax, r, side, color, label):
     "Angle of every vector, clusters taken together, with every null; a random vector is near 90 degrees."
     n = min(r['shape'])
-    _references(ax, r, side, lambda c: _x(c, n))
+    _references(ax, r, side, lambda c: _x(c, n), color)
     ax.axhline(90, color='k', ls='--', lw=.9)
-    ax.plot(_x(y := r['sides'][side]['clustered'], n), y, color=color, lw=.9, label=label)
+    ax.plot(_x(y := r['sides'][side]['clustered'], n), [v or math.nan for v in y], color=color, lw=.9, label=label) # structural zeros of large clusters are left out
     ax.set_yscale('log')
 
-# %% ../nbs/04_spectra.ipynb #f841da86
-GUIDE = (('.8', '-', 5, 'null updates, 95 %'), ('.35', ':', 1, 'first order'), ('.35', '-.', 1, 'bf16 storage'), ('k', '--', 1, 'random subspaces'))
+# %% ../nbs/04_spectra.ipynb #b77c3ace
+GUIDE = (('.8', '-', 5, 'null updates, 95 %'), ('.5', ':', 1, 'first order'), ('.35', '-.', 1, 'bf16 storage'), ('k', '--', 1, 'random subspaces'))
 RANGE = ('mistyrose', '-', 5, 'range in the paper')
 
 def _legend(fig, colors, guide=GUIDE):
@@ -546,7 +579,7 @@ def _grid(names, columns, title):
 
 def long_side(r) -> str: return 'U' if r['shape'][0] >= r['shape'][1] else 'V' # the side that figure 4 of the paper shows
 
-# %% ../nbs/04_spectra.ipynb #2835b102
+# %% ../nbs/04_spectra.ipynb #3f407bd6
 def fig_pair(found:dict, # label -> result of `compare`
              names:list, title:str):
     "Values, leading subspaces and single vectors of some matrices."
@@ -557,7 +590,7 @@ def fig_pair(found:dict, # label -> result of `compare`
             r = f['matrices'][name]
             if not r['changed']: row[0].set_title(f'{label}: unchanged', fontsize=8); continue
             draw_values(row[0], r, colors[label], label)
-            draw_principal(row[1], r, long_side(r), colors[label], label)
+            draw_principal(row[1], r, long_side(r), r['lead'], colors[label], label); row[1].set_yscale('log')
             draw_vectors(row[2], r, long_side(r), colors[label], label)
     for ax in axes[-1]: ax.set_xlabel('index i', fontsize=8)
     _legend(fig, colors)
@@ -592,6 +625,23 @@ def fig_overview(found:dict, # label -> result of `compare`
             fig.colorbar(im, ax=ax, label='log2 of ratio to null', shrink=.9)
     fig.suptitle(f'{title} (dot: outside the 95 % interval of the null)', fontsize=10)
     return fig
+
+# %% ../nbs/04_spectra.ipynb #0df278cb
+def median_interval(xs:list # at least one number
+    ) -> tuple:             # median, (lo, hi)
+    "The median and its 95 % interval without assumptions (the whole range where there are fewer than six)."
+    xs, j = sorted(xs), max(1, int(binom.ppf(.025, len(xs), .5)))
+    return float(np.median(xs)), (xs[j - 1], xs[-j])
+
+def _rotation(r) -> float: return math.degrees(r['verdicts']['lead']['here']) # mean angle of the leading quarter, both sides
+
+def against(rl:dict, sft:dict # name -> record of the same matrix
+    ) -> dict:                # quantity -> `median_interval` of RL over SFT
+    "How RL moves the matrices, relative to SFT: as it is, per unit of |ΔW|/|W|, and relative to shuffled updates of the same size."
+    shift, size = (lambda r: r['shift']), (lambda r: r['update']/r['norm0'])
+    unit, null = (lambda f: lambda r: f(r)/size(r)), (lambda stat: lambda r: r['verdicts'][stat]['ratio'])
+    what = dict(size=size, angle=_rotation, angle_per_unit=unit(_rotation), angle_to_null=null('lead'), shift=shift, shift_per_unit=unit(shift), shift_to_null=null('values'))
+    return {q: median_interval([f(rl[n])/max(f(sft[n]), 1e-300) for n in sft]) for q, f in what.items()}
 
 # %% ../nbs/04_spectra.ipynb #de025bfa
 COLUMNS = dict(matrix='matrix', update='|ΔW|/|W|', shift='|Δσ|/|σ|', values_share='share of ΔW in values', values_share_by_chance='by chance', angle_U='angle U (°)', angle_V='angle V (°)',
@@ -672,7 +722,7 @@ def main(argv:list=None) -> int: # exit code
     except (ValueError, OSError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
     return 0
 
-# %% ../nbs/04_spectra.ipynb #23f3d827
+# %% ../nbs/04_spectra.ipynb #db6d7aac
 def pairs(points:dict # base, peak, end, and rl where there is RL; folders or model names
     ) -> dict:        # label -> (reference, other)
     "The pairs that are compared."
@@ -685,7 +735,7 @@ def pair_stage(cfg, label:str, a, b, upstream, seed:int=0, null:str='shuffle') -
     st = Stage(f'spectra-{slug}-{null}', cfg.name, dict(spectra=s, points=[Path(str(p)).name for p in (a, b)]), upstream, seed, '04_spectra.ipynb')
     def fn(folder):
         A, B = (open_weights(p, cfg if p == cfg.name else None) for p in (a, b))
-        return compare(A, B, folder, '*', s.ks, null, s.draws, seed, cfg.workers)
+        return compare(A, B, folder, '*', [*s.ks, 1.], null, s.draws, seed, cfg.workers)
     return run_stage(st, fn, cfg)
 
 # %% ../nbs/04_spectra.ipynb #30d294e2
@@ -712,41 +762,46 @@ def fig3(found:dict, # label -> result of `compare`
     _legend(fig, _labels(found), GUIDE[:1])
     return fig
 
-# %% ../nbs/04_spectra.ipynb #b98ce192
-def trimmed(found:dict, names:list, keys:tuple, curves:str # parts of a record, and of its null a name or ''
-    ) -> dict:                                             # label -> dict(matrices=...)
+# %% ../nbs/04_spectra.ipynb #cf4d7c8a
+def trimmed(found:dict, names:list, part # of a record
+    ) -> dict:                           # label -> dict(matrices=...)
     "The data of a figure."
-    def cut(r):
-        null = dict(null=dict(curves={n: c for n, c in r['null']['curves'].items() if curves in ('', n)})) if r['changed'] else {}
-        return {k: r[k] for k in keys if k in r} | null
-    return {l: dict(matrices={n: cut(f['matrices'][n]) for n in names}) for l, f in found.items()}
+    return {l: dict(matrices={n: part(f['matrices'][n]) for n in names}) for l, f in found.items()}
 
-# %% ../nbs/04_spectra.ipynb #da417c7b
-def _coded_angles(ax, r, color):
-    "Angles the authors' way, and the law for random subspaces with its zeros."
-    side = long_side(r)
-    y, d, k = r['coded'][side], r['sides'][side]['d'], r['coded']['k']
-    ax.plot(_x(y, k), y, color=color, lw=1.2)
-    if k < d: ax.plot(_x(c := random_angles(d, k).tolist(), k, structural_zeros(d, k) + 1), c, 'k--', lw=.9)
+def values_part(r) -> dict: # of a record
+    "What figure 3 shows."
+    curves = dict(null=dict(curves=dict(values=r['null']['curves']['values']))) if r['changed'] else {}
+    return {k: r[k] for k in ('shape', 'changed', 's0', 'ds', 'coded') if k in r} | curves
 
+def angles_part(r) -> dict: # of a record
+    "What figure 4 shows: the long side, at three numbers of directions and vector by vector."
+    if not r['changed']: return dict(shape=r['shape'], changed=False)
+    side, ks = long_side(r), (r['lead'], r['coded']['k'], min(r['shape']))
+    own, s = (lambda curves: {n: curves[n] for n in (side, *(f'{side}{k}' for k in ks)) if n in curves}), r['sides'][side]
+    return {k: r[k] for k in ('shape', 'changed', 'lead', 'verdicts')} | dict(
+        coded={'k': r['coded']['k'], side: r['coded'][side]}, null=dict(curves=own(r['null']['curves'])), storage=dict(curves=own(r['storage']['curves'])), first_order=own(r['first_order']),
+        sides={side: dict(d=s['d'], principal=[p for p in s['principal'] if p['k'] in ks], clustered=s['clustered'])})
+
+# %% ../nbs/04_spectra.ipynb #9e710068
 def _published(ax, r, color):
-    "All directions kept."
-    side = long_side(r)
-    p, d = r['sides'][side]['principal'][-1], r['sides'][side]['d']
+    "All directions kept, over the range in the text."
     ax.axhspan(25, 90, color=RANGE[0], lw=0)
-    if p['k'] >= d: ax.plot([1, d], [0, 0], color=color, lw=1.2); return
-    ax.plot(_x(p['curve'], p['k'], p['zeros'] + 1), p['curve'], color=color, lw=1.2)
-    ax.plot(_x(c := random_angles(d, p['k']).tolist(), p['k'], p['zeros'] + 1), c, 'k--', lw=.9)
+    draw_principal(ax, r, long_side(r), min(r['shape']), color, '')
 
-# %% ../nbs/04_spectra.ipynb #9202571c
+def _coded(ax, r, color):
+    "Angles the authors' way, with the nulls of the same directions."
+    side, k = long_side(r), r['coded']['k']
+    draw_principal(ax, r | dict(sides={side: dict(d=r['sides'][side]['d'], principal=[dict(k=k, zeros=0, curve=r['coded'][side])])}), side, k, color, '')
+
+# %% ../nbs/04_spectra.ipynb #4eec65b4
 def fig4(found:dict, names:list, title:str): # as `fig3`
     "Angles in three readings, and vector by vector."
     fig, axes = _grid(names, ('as published: every direction (°)', 'as coded: fp32 arccos (°)', 'corrected: leading quarter (°)', 'single vectors (°)'), title)
     for row, name in zip(axes, names):
         for label, color in _labels(found).items():
             pub, cod, cor = (_reading(found, label, x)[name] for x in READINGS)
-            if pub['changed']: _published(row[0], pub, color); _coded_angles(row[1], cod, color)
-            if cor['changed']: draw_principal(row[2], cor, long_side(cor), color, label); draw_vectors(row[3], cor, long_side(cor), color, label)
+            if pub['changed']: _published(row[0], pub, color); _coded(row[1], cod, color)
+            if cor['changed']: draw_principal(row[2], cor, long_side(cor), cor['lead'], color, label); row[2].set_yscale('log'); draw_vectors(row[3], cor, long_side(cor), color, label)
     for ax in axes[-1]: ax.set_xlabel('index i', fontsize=8)
     _legend(fig, _labels(found), [*GUIDE, RANGE])
     return fig
@@ -764,9 +819,30 @@ def fig_law():
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/04_spectra.ipynb #70fdffd6
+# %% ../nbs/04_spectra.ipynb #c804976a
 def _layers(found) -> list: return [r for r in found['matrices'].values() if r['layer'] >= 0 and r['changed']]
 
+def fig_size(found:dict, # label -> result of `compare`
+             title:str):
+    "Rotation and relative shift of each layer matrix over the relative size of its update."
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
+    for (label, f), color in zip(found.items(), ('C0', 'C1', 'C2')):
+        ms = _layers(f)
+        x = [r['update']/r['norm0'] for r in ms]
+        for ax, y, stat in ((axes[0], [_rotation(r) for r in ms], 'lead'), (axes[1], [100*r['shift'] for r in ms], 'values')):
+            ax.plot(x, [v/r['verdicts'][stat]['ratio'] for v, r in zip(y, ms)], 'x', color='.6', ms=5)
+            ax.plot(x, y, 'o', color=color, ms=4, label=label)
+    axes[0].set_ylabel('mean angle, leading quarter (°)'); axes[1].set_ylabel('|Δσ|/|σ| (%)')
+    for ax in axes:
+        ax.set(xlabel='|ΔW|/|W|', xscale='log', yscale='log')
+        for a in (ax.xaxis, ax.yaxis): a.set_major_locator(LogLocator(subs=(1, 2, 5))); a.set_major_formatter('{x:g}'); a.set_minor_formatter('')
+    axes[0].plot([], [], 'x', color='.6', label='shuffled'); axes[0].legend(fontsize=8)
+    fig.suptitle(title, fontsize=10)
+    return fig
+
+# %% ../nbs/04_spectra.ipynb #3fe64409
 def _count(found, stat, verdict) -> int: return sum(r['verdicts'][stat]['verdict'] == verdict for r in _layers(found))
 
 def _claims(label, f, turned) -> list:
@@ -779,19 +855,27 @@ def _claims(label, f, turned) -> list:
             dict(claim=f'{label}: directions turn beyond chance', paper='25–30° to 90° (figure 4)', here=f'beyond in {up}, below in {low} of {n}', n=n, interval=wilson(up, n),
                  null=f"{ratio(f, 'lead'):.2f} times shuffled, {ratio(turned, 'lead'):.2f} times turned at random", verdict='holds' if up >= n/2 else 'fails')]
 
-# %% ../nbs/04_spectra.ipynb #edfa52af
+# %% ../nbs/04_spectra.ipynb #fed2ab6e
 def _rl_claims(sft, rl) -> list:
     "Rows of the table that set RL beside SFT."
     names = [n for n, r in rl.items() if r['layer'] >= 0 and r['changed'] and sft[n]['changed']]
-    middle = lambda xs: float(np.median(xs)) if xs else None
-    alike = middle([sum(_lead(rl[n], s)['mean'] for s in 'UV')/sum(_lead(sft[n], s)['mean'] for s in 'UV') for n in names])
-    shifts = [middle([m[n]['shift'] for n in names]) for m in (rl, sft)]
-    lift = middle([rl[n]['principal_lift'] for n in names if 'principal_lift' in rl[n]])
-    spares = lift is not None and lift < 1 and shifts[0] < shifts[1]
-    return [dict(claim='SFT and RL rotate alike', paper='curves coincide (figure 4)', here=f'RL angles {alike:.2f} times those of SFT', n=len(names),
-                 verdict='holds' if .8 <= alike <= 1.25 else 'fails'),
-            dict(claim='RL spares principal directions', paper='Zhu et al.: smaller shift than SFT, entries off the principal ones', n=len(names), null='lift 1',
-                 here=f'shift {shifts[0]:.2%} against {shifts[1]:.2%}, lift ' + ('unknown: every entry moved' if lift is None else f'{lift:.2f}'), verdict='holds' if spares else 'fails')]
+    if not names: return [dict(claim='SFT and RL rotate alike', paper='curves coincide (figure 4)', here='RL changed nothing', n=0, verdict='no evidence')]
+    r, alike = against(*({n: m[n] for n in names} for m in (rl, sft))), lambda x: 'holds' if .8 <= x <= 1.25 else 'fails'
+    row = lambda claim, paper, here, q, verdict, null: dict(claim=claim, paper=paper, here=f'{here} {r[q][0]:.2f} times SFT', n=len(names), interval=r[q][1], verdict=verdict, null=null)
+    told = {q: f"relative to shuffled {r[f'{q}_to_null'][0]:.2f} times SFT" for q in ('angle', 'shift')}
+    less = max(r['shift_per_unit'][0], r['shift_to_null'][0]) <= .8
+    return [row('SFT and RL rotate alike', 'curves coincide (figure 4)', 'angles', 'angle', alike(r['angle'][0]), f"updates {r['size'][0]:.2f} times SFT"),
+            row('SFT and RL rotate alike per unit of |ΔW|/|W|', '', 'angles per unit', 'angle_per_unit', alike(r['angle_per_unit'][0]), told['angle']),
+            row('Zhu et al.: RL moves the spectrum less', 'smaller normalised shift', f"shift {r['shift'][0]:.2f}, per unit", 'shift_per_unit', 'holds' if less else 'fails', told['shift']),
+            _avoids(*([m[n]['verdicts']['principal_lift'] for n in names if 'principal_lift' in m[n]['verdicts']] for m in (rl, sft)))]
+
+def _avoids(rl, sft) -> dict: # verdicts of the update mask
+    "The row about principal entries."
+    row = dict(claim='Zhu et al.: RL avoids principal entries, SFT does not', paper='update mask (bf16) below chance', n=len(rl))
+    if not rl: return row | dict(here='every entry moved, or none', verdict='no evidence')
+    low, low_sft = (sum(v['verdict'] == 'below' for v in vs) for vs in (rl, sft))
+    return row | dict(here=f'below shuffled in {low} of {len(rl)}, SFT in {low_sft} of {len(sft)}', interval=wilson(low, len(rl)),
+                      null=f"{np.median([v['ratio'] for v in rl]):.2f} times shuffled", verdict='holds' if 2*low >= len(rl) and 2*low_sft <= len(sft) else 'fails')
 
 # %% ../nbs/04_spectra.ipynb #7538ac7c
 def verdicts(found:dict, turned:dict # label -> result of `compare`, against shuffled and turned updates

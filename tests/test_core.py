@@ -230,6 +230,20 @@ def test_mcnemar(pairs):
     assert r['n01'] == sum(b and not a for a, b in pairs) and r['n10'] == sum(a and not b for a, b in pairs)
     assert r['p'] == pytest.approx(scipy.stats.binomtest(r['n01'], n).pvalue if n else 1)
 
+def test_mcnemar_of_clusters():
+    rng = np.random.default_rng(0)
+    def p(by_cluster): # 40 multisets of 10 hands; two models as good as each other, who disagree by multiset
+        a, b = ((rng.random((40, 10)) < rng.choice([.05, .95], (40, 1))).ravel() for _ in range(2))
+        return mcnemar(a, b, np.repeat(range(40), 10) if by_cluster else None)['p']
+    naive, mended = (np.mean([p(c) < .05 for _ in range(400)]) for c in (False, True))
+    assert naive > .3 and mended < .09
+    a, b = [True]*30 + [False]*20, [False]*20 + [True]*30
+    alone = mcnemar(a, b, range(50))
+    assert alone['p'] >= mcnemar(a, b)['p'] and (alone['n01'], alone['n10']) == (20, 20)
+    c = [True]*10 + [False]*40
+    assert mcnemar(a, c, range(50))['p'] == pytest.approx(max(mcnemar(a, c)['p'], 2*scipy.stats.norm.sf(20/math.sqrt(20))))
+    with pytest.raises(ValueError, match=r'len\(groups\)=2: expected 3'): mcnemar([1]*3, [0]*3, [1, 2])
+
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12))
 def test_mean_spread(xs):
     r = mean_spread(xs)

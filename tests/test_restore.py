@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MllamaConfig,
                           MllamaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM)
 from rlsft_nb import restore as R
-from rlsft_nb.core import DiskError, StageBusy, load_params, read_json, verdict_table, wilson
+from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_json, verdict_table, wilson
 from rlsft_nb.models import score
 from rlsft_nb.tiny import make_tokenizer, new_model
 from rlsft_nb.weights import CheckpointError, canonical
@@ -364,10 +364,45 @@ def test_cells_in_place_are_the_checkpoints_on_disk(tmp_path):
 def test_grid_has_every_cell_once():
     r = load_params('tiny').restore
     for depth, tied in ((4, False), (28, True), (1, False)):
-        cells = R.grid(r, depth, tied)
-        assert set(R.grid(r, depth, tied, 'base')) < set(cells)
-        assert len({json.dumps(s, sort_keys=True) for s in cells.values()}) == len(cells)
+        for which in R.WHICH:
+            cells, few = (R.grid(r, depth, 192, tied, which, full) for full in (True, False))
+            assert set(few) <= set(cells) and all(cells[n] == few[n] for n in few)
+            assert len({json.dumps(s, sort_keys=True) for s in cells.values()}) == len(cells)
         assert all(g['layers'] is None or max(R.parse_layers(g['layers'])) < depth for g in R.layer_groups(depth, r.bands, r.prefixes))
+    assert [len(R.within_five(r, w, R.grid(r, 4, 192, which=w))) for w in R.WHICH] == [3, 0, 3, 0, 0, 0]
+    with pytest.raises(ParamError, match="peak has no cell 'nothing'"): R.within_five(load_params('tiny', dict(restore=dict(within=['peak/nothing']))).restore, 'peak', {})
+
+@few
+@given(spans, st.integers(12, 40), st.integers(0, 99))
+def test_bands_elsewhere_are_as_wide(ks, p, seed):
+    lo, hi = sorted(ks)
+    for place in R.PLACES:
+        a, b = R.elsewhere(lo, hi, p, place, seed)
+        assert 0 <= a <= b <= p and b - a == hi - lo and (a, b) == R.elsewhere(lo, hi, p, place, seed)
+    assert R.elsewhere(lo, hi, p, 'top') == (lo, hi) and R.elsewhere(lo, hi, p, 'tail')[1] == p
+
+def test_random_places_differ():
+    assert len({R.elsewhere(0, 3, 40, 'random', seed) for seed in range(20)}) > 5
+    with pytest.raises(ValueError, match="place='middle'"): R.elsewhere(0, 1, 2, 'middle')
+
+@few
+@given(matrices(), spans)
+def test_the_authors_reading_and_the_straight_line(pair, ks):
+    p = R.pair(*pair)
+    lo, hi = band_of(ks, p.rank)
+    whole = hi - lo == p.rank
+    assert torch.equal(R.edit(p, 'coded', lo, hi), p.W0 if whole else R.edit(p, 'directions', lo, hi))
+    close(R.edit(p, 'blend', lo, hi), p.W + (p.W0 - p.W)*(hi - lo)/p.rank)
+    assert torch.equal(R.edit(p, 'blend'), p.W0)
+
+@few
+@given(matrices(), st.integers(0, 99))
+def test_an_unrelated_matrix_is_moved_to_the_distance(pair, seed):
+    W, W0 = pair
+    Z = torch.from_numpy(np.random.default_rng(seed).normal(size=W.shape))
+    got = R.at_distance(W, Z, W0)
+    assert norm(got - W) == pytest.approx(norm(W0 - W)) and norm(got - Z) == pytest.approx(abs(norm(Z - W) - norm(W0 - W)), abs=1e-9)
+    assert torch.equal(R.at_distance(W, W.clone(), W0), W)
 
 def test_recovery():
     rng = np.random.default_rng(0)
@@ -380,33 +415,60 @@ def test_recovery():
     assert R.recovery(e, t, t, range(500))['value'] is None # nothing lost
     faint = t[:-1] + ('1' if t[-1] == '0' else '0')
     assert R.recovery(e, t, faint, range(500))['lo'] is None # the loss may be nothing
+    rare = R.recovery('1'*4 + '0'*496, '0'*500, '1'*4 + '0'*496, range(500)) # some draws have no loss at all
+    assert rare['lo'] == rare['hi'] == 1
 
 def test_verdicts_follow_the_thresholds():
     r = lambda v, lo, hi: dict(value=v, lo=lo, hi=hi)
-    assert [R.judge_share(x) for x in (r(.8, .6, 1.), r(.7, .4, .9), r(.3, .1, .6), r(None, None, None))] == ['holds', 'undecided', 'fails', 'nothing to recover']
+    none = r(None, None, None)
+    assert [R.judge_share(x) for x in (r(.8, .6, 1.), r(.7, .4, .9), r(.3, .1, .6), none)] == ['holds', 'undecided', 'fails', 'nothing to recover']
+    assert [R.judge_cost(x) for x in (r(.66, .5, .9), r(.7, .4, 1.1), r(.9, .8, 1.), none)] == ['holds', 'undecided', 'fails', 'nothing to lose']
+    assert [R.judge_values(*x) for x in ((r(.9, .6, 1.), r(.1, 0., .4)), (r(.3, .1, .4), r(0., -.1, .1)), (r(.6, .4, .8), r(0., -.1, .1)), (none, none))] == ['holds', 'fails', 'undecided', 'nothing to recover']
     assert R.holm([.01, .04, .03, .5]) == pytest.approx([.04, .09, .09, .5])
-    assert [R._judge_more([dict(holm=p, gain=g)]) for p, g in ((.01, .1), (.01, -.1), (.2, .1))] == ['holds', 'fails', 'no difference seen']
+    t = lambda *pairs: [dict(holm=p, gain=g) for p, g in pairs]
+    won, lost, even = (.01, .1), (.01, -.1), (.2, .1)
+    assert [R.judge_wins(t(*x)) for x in ((won, won), (won, even), (won, lost), (lost, even), (even,), ())] == ['holds', 'undecided', 'mixed', 'fails', *['no difference seen']*2]
+    assert R.judge_wins(t(won, even), any) == 'holds'
 
 def played(p, seed, n=1000):
     "A made-up record of `evaluate` with success rate `p`."
     hits = (np.random.default_rng(seed).random(n) < p).astype(int)
     lo, hi = wilson(hits.sum(), n)
-    return dict(n=n, first=dict(k=int(hits.sum()), rate=float(hits.mean()), lo=lo, hi=hi), format=1., numbers=1., hits=''.join(map(str, hits)))
+    bits = ''.join(map(str, hits))
+    return dict(n=n, first=dict(k=int(hits.sum()), rate=float(hits.mean()), lo=lo, hi=hi), format=1., numbers=1., hits=bits, hits_within=bits)
 
-@pytest.mark.parametrize('full', [True, False])
-def test_figures_and_verdicts_of_made_up_cells(full):
+EDIT = dict(matrices=1, norm=1., distance=.1, size=.1, to_reference=.05, rounding=0., condition=2., values=.1)
+ENDS = [{c: played(p, [900, j, k]) for j, c in enumerate(('ID', 'OOD'))} for k, p in enumerate((.2, .5))]
+
+def made_up(which, cfg, back, full=True):
+    "`summary` of cells whose success is `back(spec)`, target 0.2, peak 0.5."
+    specs = R.grid(cfg.restore, 4, 192, which=which, full=full)
+    got = {n: {c: played(back(s), [i, j]) for j, c in enumerate(('ID', 'OOD'))} | dict(edit=EDIT) for i, (n, s) in enumerate(specs.items())}
+    for n in R.within_five(cfg.restore, which, specs) if full else (): got[n]['within'] = {c: got[n][c] | dict(n=300) for c in ('ID', 'OOD')}
+    told = dict(specs=specs, got=got, freedom=dict(measured=.1, chance=.1), depth=4, rank=192)
+    return R.summary(told, *(ENDS if which != 'rl' else ENDS[::-1]), None if which in ('rl', 'end') else ENDS[1], cfg)
+
+def restored(s):
+    if s['mode'] in ('values', 'random_rotation') or s.get('place'): return .2
+    if s.get('layers') == '1-2': return .3
+    return .5 if s.get('ranks') in (None, 1.) else .25 if s['mode'] == 'directions' else .48
+
+def test_figures_and_verdicts_of_made_up_cells():
     import matplotlib
     matplotlib.use('agg')
-    cfg, found = load_params('tiny', dict(restore=dict(draws=200))), {}
-    edit = dict(matrices=1, norm=1., distance=.1, size=.1, to_reference=.05, rounding=0., condition=2., values=.1)
-    back = lambda s: .2 if s['mode'] in ('values', 'random_rotation') else .5 if s.get('ranks') in (None, 1.) else .25 if s['mode'] == 'directions' else .48
-    for which in ('peak', 'base')[:1 + full]:
-        specs = R.grid(cfg.restore, 4, which=which)
-        got = {n: {c: played(back(s), [i, j]) for j, c in enumerate(('ID', 'OOD'))} | dict(edit=edit) for i, (n, s) in enumerate(specs.items())}
-        ends = [{c: played(p, [900, j, k]) for j, c in enumerate(('ID', 'OOD'))} for k, p in enumerate((.2, .5))]
-        found[which] = R.summary(got, specs, *ends, cfg) | dict(which=which, depth=4, freedom=dict(measured=.1, chance=.1))
-    for fig in (R.fig_layers(found, cfg.restore, 'five'), R.fig_ranks(found, 'six')): assert len(fig.axes) == 2*len(found)
-    rows = R.verdicts(found['peak'], cfg.restore)
-    assert [r['verdict'] for r in rows] == ['fails', 'holds', 'holds', 'fails', 'holds']
-    assert json.loads(json.dumps(found, allow_nan=False)) and 'fails' in verdict_table(rows)
-    assert [w['ranks'] for w in R.way_table(found['peak'])] == cfg.restore.ranks
+    cfg = load_params('tiny', dict(restore=dict(draws=200)))
+    found = {w: made_up(w, cfg, restored) for w in ('peak', 'base')}
+    imposed = {w: made_up(w, cfg, lambda s: .5 if s.get('ranks') == 0. or s['mode'] in ('values', 'random_rotation') else .3) for w in ('rl', 'end')}
+    unrelated = {w: made_up(w, cfg, lambda s: .2) for w in ('unrelated-peak', 'unrelated-end')}
+    figs = R.fig_layers(found, cfg.restore, 'five'), R.fig_ranks(found, 'six', unrelated), R.fig_ranks(imposed, 'seven')
+    assert all(len(f.axes) == 4 for f in figs)
+    labels = [t.get_text() for t in figs[1].legends[0].get_texts()]
+    assert len(labels) == len(set(labels)) and {R.LOOK[k][2] for k in ('coded', 'tail', 'random', 'blend', 'unrelated-end')} < set(labels)
+    rows = {r['claim']: r['verdict'] for r in R.verdicts(found['peak'], cfg.restore)}
+    assert list(rows.values()) == ['fails', 'holds', 'holds', 'fails', *['holds']*4]
+    assert [r['verdict'] for r in R.readings(found, cfg.restore)] == ['fails', 'holds', 'fails', *['holds']*3]
+    assert [r['verdict'] for r in R.imposed_verdicts(imposed)] == ['holds']*3 + ['fails']*2
+    assert json.loads(json.dumps(found | imposed, allow_nan=False)) and 'fails' in verdict_table(R.verdicts(found['peak'], cfg.restore))
+    assert [w['ranks'] for w in R.way_table(found['peak'])] == cfg.restore.ranks and len(R.way_table(imposed['rl'])) == 4
+    five = R.five_table(found | imposed, {k: dict(within=e) for k, e in zip(('end', 'peak'), ENDS)}, dict.fromkeys(('ID', 'OOD'), range(1000)))
+    assert [r['cell'] for r in five[:2]] == ['end', 'peak'] and {r['cell'] for r in five[2:]} == {n.replace('/', ': ') for n in cfg.restore.within}

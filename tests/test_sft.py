@@ -112,9 +112,9 @@ def test_curve_and_names(pico):
 # verdicts, on made-up records
 
 def record(hits): return dict(n=len(hits), hits=hits, first=dict(rate=hits.count('1')/len(hits), lo=0., hi=1.))
-def told(id_, ood, losses):
+def told(id_, ood, losses, by=None):
     scores = {s: dict(within=dict(ID=record(i), OOD=record(o))) for s, i, o in zip(('peak', 'end'), id_, ood)}
-    return [r['verdict'] for r in verdicts(dict(points=[dict(step=i, loss=dict(ood=dict(loss=l, n=5))) for i, l in enumerate(losses)]), scores)]
+    return [r['verdict'] for r in verdicts(dict(points=[dict(step=i, loss=dict(ood=dict(loss=l, n=5))) for i, l in enumerate(losses)]), scores, by or dict(ID=range(100), OOD=range(100)))]
 
 def test_verdicts_follow_their_thresholds():
     many, few = '1'*60 + '0'*40, '1'*30 + '0'*70
@@ -122,3 +122,5 @@ def test_verdicts_follow_their_thresholds():
     assert told((many, few), (few, many), [2., .5, .54]) == ['fails']*4
     assert told((many, many), (few, few), [2., .5, .6]) == ['within noise', 'within noise', 'holds', 'fails']
     assert _says(.1, .02) == 'within noise'
+    four = [i//25 for i in range(100)] # four multisets: too few to tell
+    assert told((few, many), (many, few), [2., .5, 2.1], dict(ID=four, OOD=four))[:2] == ['within noise']*2

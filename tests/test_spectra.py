@@ -184,8 +184,8 @@ def test_flag_fires_at_its_nominal_rate():
     S0 = decompose(W)
     for i in range(n):
         D = .01*torch.randn(16, 12, generator=g, dtype=torch.float64)
-        here = statistics(decompose(W + D), S0)
-        null = [statistics(decompose(W + null_update(D, 'shuffle', g)), S0) for _ in range(9)]
+        here = compared(decompose(W + D), S0)[0]
+        null = [compared(decompose(W + null_update(D, 'shuffle', g)), S0)[0] for _ in range(9)]
         for k in flags: flags[k].append(beyond(here[k], [x[k] for x in null])['verdict'])
     for k, f in flags.items():
         assert binom.ppf(.0005, n, .05) <= n - f.count('within') <= binom.ppf(.9995, n, .05), (k, f.count('beyond'), f.count('below'))
@@ -230,7 +230,7 @@ def test_split_against_a_loop():
     W, D = randn(7, 5), randn(7, 5, seed=1)
     U, s, Vt = np.linalg.svd(W.numpy(), full_matrices=False)
     values = sum((U[:, i] @ D.numpy() @ Vt[i])**2 for i in range(5))/float(D.norm()**2)
-    assert math.isclose(split_update(D, decompose(W))['values'], values, rel_tol=1e-10)
+    assert math.isclose(split_update(decompose(W + D), decompose(W), D.norm())['values'], values, rel_tol=1e-10)
 
 # two checkpoints
 
@@ -334,9 +334,30 @@ def test_figures_and_verdicts_of_a_run(tmp_path):
     found = {l: compare(*ab, tmp_path/'out', ks=[.5, 1.], draws=2) for l, ab in pairs(points).items()}
     assert list(found) == ['SFT', 'SFT from peak', 'RL'] and list(pairs(dict(base=0, peak=1, end=2))) == list(found)[:2]
     names = ['layers.0.q', 'layers.0.k', 'layers.0.v', 'layers.0.up']
-    for fig, n in ((fig3(found, names, h, 't'), 12), (fig4(found, names, 't'), 16), (fig_pair(found, names, 't'), 12)): assert len(fig.axes) == n
+    data = trimmed(found, names, values_part), trimmed(found, names, angles_part)
+    for fig, n in ((fig3(data[0], names, h, 't'), 12), (fig4(data[1], names, 't'), 16), (fig_pair(found, names, 't'), 12), (fig_size(found, 't'), 2)): assert len(fig.axes) == n
     fig_overview(found, 't')
     rows = verdicts(found, found)
-    assert [r['claim'] for r in rows][:2] == ['SFT: singular values stay', 'SFT: directions turn beyond chance'] and len(rows) == 9
+    claims = {r['claim']: r for r in rows}
+    assert list(claims)[:2] == ['SFT: singular values stay', 'SFT: directions turn beyond chance'] and len(rows) == len(claims) == 11
     assert all(r['verdict'] in ('holds', 'fails', 'no evidence') for r in rows)
     assert verdicts({'SFT': found['SFT']}, found)[-1]['verdict'] == 'no evidence'
+    assert claims['SFT and RL rotate alike per unit of |ΔW|/|W|']['verdict'] == 'holds' # both are noise
+    assert claims['Zhu et al.: RL moves the spectrum less']['verdict'] == 'fails'
+    same = verdicts(found | dict(RL=found['SFT']), found)[-4:]
+    assert [r['here'].split()[-3] for r in same[:3]] == ['1.00']*3 and [r['verdict'] for r in same[:3]] == ['holds', 'holds', 'fails']
+    still = found | dict(RL=dict(found['RL'], matrices={n: dict(r, changed=False) for n, r in found['RL']['matrices'].items()}))
+    assert verdicts(still, found)[-1] == dict(claim='SFT and RL rotate alike', paper='curves coincide (figure 4)', here='RL changed nothing', n=0, verdict='no evidence')
+
+def test_median_interval_covers():
+    "At least 95 % of the time, for any distribution."
+    rng = np.random.default_rng(0)
+    for n in (6, 9, 28):
+        hits = [lo <= 0 <= hi for _, (lo, hi) in (median_interval(rng.standard_cauchy(n)) for _ in range(1500))]
+        assert .94 <= np.mean(hits) <= .985, n
+
+@pytest.mark.parametrize('low_rl, low_sft, verdict', [(3, 0, 'holds'), (3, 3, 'fails'), (1, 0, 'fails')])
+def test_principal_entries(low_rl, low_sft, verdict):
+    vs = lambda low: [dict(verdict='below' if i < low else 'within', ratio=1.) for i in range(4)]
+    assert spectra._avoids(vs(low_rl), vs(low_sft))['verdict'] == verdict
+    assert spectra._avoids([], vs(low_sft))['verdict'] == 'no evidence'

@@ -1,0 +1,203 @@
+"Launching: many processes do what one does, in shards or copies, on each architecture; interrupts leave nothing behind."
+import io, json, os, signal, subprocess, sys, time
+from pathlib import Path
+import psutil, pytest, torch, yaml
+from accelerate import Accelerator
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from rlsft_nb.core import ParamError, ROOT, Stage, StageMissing, load_params, read_json
+from rlsft_nb.models import load_lm
+from rlsft_nb.launch import *
+from rlsft_nb.launch import _stop, _why
+from rlsft_nb.sft import sft_stage
+
+KINDS = ('qwen2', 'llama', 'mllama') # untied, tied, with a vision tower
+SMALL = dict(sft=dict(steps=6, checkpoints=[3, 6], hands=64, batch=8, warmup=2, save_every=3, log_every=1, loss_hands=4), eval=dict(hands=8, val_hands=4, max_new_tokens=4), workers=1)
+EXACT = 1e-5 # of losses and weights: sums in another order, in fp32
+
+def small(pico, kind='qwen2', **more): return load_params('tiny', SMALL | dict(model=dict(source='folder', path=str(pico[kind]))) | more)
+def weights(folder): return {n: p for n, p in load_lm(str(folder))[0].named_parameters()}
+def far(a, b): return max((a[n] - b[n]).abs().max().item() for n in a)
+def seen(st, key): return [h[key] for h in st.results()['log']]
+
+SHARDS = '''
+import sys, torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import TrainerCallback
+from rlsft_nb import sft
+from rlsft_nb.launch import keep_fp32
+torch.set_num_threads(1)
+plain, last = sft.trainer, int(sys.argv[1])
+class Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == last: raise KeyboardInterrupt
+def sharded(*args): # accelerate itself never shards on CPU
+    t = plain(*args)
+    state = t.accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True, cpu_ram_efficient_loading=False, state_dict_type="SHARDED_STATE_DICT")
+    PartialState._shared_state["distributed_type"] = state.distributed_type = DistributedType.FSDP
+    t.is_fsdp_enabled = True
+    t.add_callback(Stop())
+    return t
+sft.trainer = sharded
+for overrides in sys.argv[2:]:
+    try: sft.main(["--overrides", overrides])
+    except KeyboardInterrupt: pass
+'''
+
+@pytest.fixture(scope='module')
+def pairs(pico, tmp_path_factory):
+    "The same SFT on one process, and in shards on two that were stopped after four of six steps and started again."
+    root, out = tmp_path_factory.mktemp('shards'), {}
+    cfgs = [small(pico, kind) for kind in KINDS]
+    (root/'shards.py').write_text(SHARDS)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('OMP_NUM_THREADS', '1'); m.setenv('RLSFT_RUNS', str(root/'one'))
+        one = [sft_stage(c) for c in cfgs]
+        m.setenv('RLSFT_RUNS', str(root/'two'))
+        two = [Stage('sft', 'tiny', st.params) for st in one]
+        for last in (4, -1):
+            r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(root/'shards.py'), str(last), *map(overrides_of, cfgs)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+            out[last] = [(st.done, sorted(p.name for p in st.path.glob('resume/checkpoint-3/*'))) for st in two]
+    return dict(zip(KINDS, zip(one, two))), out, r.stderr
+
+def test_a_sharded_run_resumes(pairs):
+    _, out, said = pairs
+    for done, files in out[4]: assert not done and 'pytorch_model_fsdp_0' in files and 'optimizer_0' in files
+    assert [done for done, _ in out[-1]] == [True]*3, said[-3000:]
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_sharded_processes_do_what_one_does(pairs, pico, kind):
+    one, two = pairs[0][kind]
+    assert seen(two, 'loss') == pytest.approx(seen(one, 'loss'), rel=EXACT) and seen(two, 'learning_rate') == seen(one, 'learning_rate')
+    assert seen(two, 'grad_norm') == pytest.approx(seen(one, 'grad_norm'), rel=1e-4)
+    start, still = weights(pico[kind]), set(idle(load_lm(str(pico[kind]))[0]))
+    assert bool(still) == (kind == 'mllama')
+    for n in (3, 6):
+        a, b = weights(one.path/f'step-{n}'), weights(two.path/f'step-{n}') # the export loads as any other checkpoint
+        assert a.keys() == b.keys() and far(a, b) < 5e-5 < far(a, start)
+        assert {k for k in b if torch.equal(b[k], start[k])} == {k for k in a if torch.equal(a[k], start[k])} >= still
+        assert read_json(two.path/f'step-{n}'/'config.json')['architectures'] == read_json(one.path/f'step-{n}'/'config.json')['architectures']
+
+def test_a_stage_launches_its_processes(pico, tmp_path, env, monkeypatch, capfd):
+    monkeypatch.setenv('RLSFT_RUNS', str(tmp_path/'one'))
+    one = sft_stage(small(pico))
+    monkeypatch.setenv('RLSFT_RUNS', str(tmp_path/'two'))
+    two = sft_stage(small(pico, launch=dict(processes=2)))
+    assert two.key == one.key and two.path != one.path # how it is made is no part of what it is
+    assert seen(two, 'loss') == pytest.approx(seen(one, 'loss'), rel=EXACT)
+    assert str(two.path) in capfd.readouterr().err # what the processes print is passed on
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    with pytest.raises(ParamError, match='sft.batch=8 over sft.accumulate=1 is no multiple of 3 processes'): sft_stage(small(pico), 1)
+
+# starting and stopping
+
+FAMILY = '''
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)
+print(child.pid, flush=True)
+{how}
+time.sleep(60)
+'''
+
+@pytest.mark.parametrize('how', ['', 'import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)'])
+def test_an_interrupt_leaves_nothing_running(how, monkeypatch):
+    monkeypatch.setattr('rlsft_nb.launch._stop', lambda p: _stop(p, 1))
+    class Stopped(io.StringIO):
+        def write(self, text): super().write(text); raise KeyboardInterrupt # as a notebook's stop button does
+    out = Stopped()
+    with pytest.raises(KeyboardInterrupt): stream([sys.executable, '-c', FAMILY.format(how=how)], out)
+    pid = int(out.getvalue())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only Linux tells a process that its parent has ended')
+def test_a_killed_notebook_takes_its_processes_along(tmp_path):
+    code = f'import sys\nfrom rlsft_nb.launch import stream\nstream([sys.executable, "-c", "import os, time; open({str(tmp_path/"pid")!r}, \'w\').write(str(os.getpid())); time.sleep(60)"])'
+    p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path/'pid').exists() or not (tmp_path/'pid').read_text(): time.sleep(.05)
+    pid = int((tmp_path/'pid').read_text())
+    p.kill(); p.wait()
+    end = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < end: time.sleep(.05)
+    assert time.monotonic() < end
+
+def test_the_first_message_is_told():
+    assert _why('noise\n[rank1]:stopped: ParamError: no such key\nTraceback\nRuntimeError: later', 1) == 'ParamError: no such key'
+    assert _why('[default0]:x\ntorch.OutOfMemoryError: CUDA out of memory\n', 1).startswith('a launched') or 'OutOfMemory' in _why('OutOfMemoryError: CUDA out of memory\n', 1)
+    assert _why('said nothing useful', 7) == 'a launched process ended with code 7; its last words: said nothing useful'
+
+# commands
+
+def test_overrides_make_the_same_configuration():
+    for over in ({}, dict(sft=dict(lr=1.0e-6, checkpoints=[1, 2], steps=4), launch=dict(processes=4)), dict(model=dict(source='folder', path="/a b/it's {x}"))):
+        cfg = load_params('qwen7b', over)
+        assert load_params('qwen7b', yaml.safe_load(overrides_of(cfg))) == cfg
+    assert overrides_of(load_params('tiny')) == '{}'
+
+def test_commands_with_and_without_gpus():
+    cfg = load_params('qwen7b', dict(launch=dict(processes=4)))
+    words = command('sft', cfg, True, seed=3)
+    at = lambda w: words[words.index(w) + 1]
+    assert words[:3] == [sys.executable, '-m', 'accelerate.commands.launch'] and at('--num_processes') == '4' and at('--mixed_precision') == 'bf16'
+    assert at('--config_file') == str(ROOT/'params'/'accelerate'/'fsdp2.yaml') and at('--model') == 'qwen7b' and at('--seed') == '3'
+    assert 'torch.distributed.run' in command('sft', cfg, False) and '--config_file' not in command('sft', cfg, False)
+    assert command('sft', load_params('tiny'), True)[command('sft', load_params('tiny'), True).index('--mixed_precision') + 1] == 'no'
+
+def test_a_machine_without_its_gpus_is_told_before_anything_starts(monkeypatch):
+    cfg = load_params('qwen7b', dict(launch=dict(processes=4), needs=dict(gpus=99)))
+    st = Stage('sft', 'qwen7b', {}, notebook='02_sft.ipynb')
+    monkeypatch.setattr('rlsft_nb.launch.stream', lambda *_: 1/0)
+    with pytest.raises(StageMissing, match='needs 99 GPUs of 80 GiB.*papermill nbs/02_sft.ipynb'): run_on_many(st, lambda _: {}, cfg, 'sft')
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    with pytest.raises(ParamError, match='launch.processes=4: this machine has 2 GPUs'): run_on_many(st, lambda _: {}, load_params('tiny', dict(launch=dict(processes=4))), 'sft')
+
+# precision
+
+def test_only_the_arithmetic_is_bf16(monkeypatch):
+    class Plugin: mixed_precision_policy = None
+    class Acc:
+        mixed_precision = 'bf16'
+        class state: fsdp_plugin = Plugin()
+    assert keep_fp32(Acc).state.fsdp_plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+    Acc.mixed_precision, Acc.state.fsdp_plugin = 'no', Plugin()
+    assert keep_fp32(Acc).state.fsdp_plugin.mixed_precision_policy is None
+
+def test_gathering_names_what_is_lost(pico):
+    lm, _ = load_lm(str(pico['qwen2']))
+    acc = Accelerator(cpu=True)
+    lm.extra = torch.nn.Linear(2, 2)
+    plain, extra = gathered(acc, lm, type(lm))
+    assert set(extra) == {'extra.weight', 'extra.bias'} and all(torch.equal(p, dict(lm.named_parameters())[n]) for n, p in plain.named_parameters())
+    class Lossy:
+        is_main_process, distributed_type = True, acc.distributed_type
+        unwrap_model = staticmethod(lambda m: m)
+        get_state_dict = staticmethod(lambda m: {k: v for k, v in m.state_dict().items() if 'norm' not in k})
+    with pytest.raises(RuntimeError, match='tensors were not gathered, such as model.layers.0.input_layernorm.weight'): gathered(Lossy, lm, type(lm))
+
+# files of params/accelerate/
+
+@pytest.mark.parametrize('name', ['fsdp2', 'one_gpu', 'deepspeed_zero3'])
+def test_accelerate_reads_its_files(name, monkeypatch):
+    "Loaded as `accelerate launch` does, down to the environment that it hands to the processes."
+    from accelerate.commands.config import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    path = str(config_file(name))
+    config = load_config_from_file(path)
+    assert config.mixed_precision == 'bf16' and config.num_processes == (1 if name == 'one_gpu' else 4)
+    if name == 'deepspeed_zero3': # the rest needs deepspeed itself
+        assert config.distributed_type == 'DEEPSPEED' and config.deepspeed_config['zero_stage'] == 3 and config.deepspeed_config['zero3_save_16bit_model'] is False
+        return
+    args, defaults, bf16 = _validate_launch_command(launch_command_parser().parse_args(['--config_file', path, '-m', 'rlsft_nb.sft']))
+    assert args.use_fsdp == (name == 'fsdp2') and args.mixed_precision == 'bf16' and args.training_script == 'rlsft_nb.sft'
+    if name == 'fsdp2':
+        from accelerate.utils.launch import prepare_multi_gpu_env
+        env = prepare_multi_gpu_env(args)
+        assert env['ACCELERATE_USE_FSDP'] == 'true' and env['FSDP_VERSION'] == '2' and env['FSDP_STATE_DICT_TYPE'] == 'SHARDED_STATE_DICT' and env['FSDP_RESHARD_AFTER_FORWARD'].lower() == 'true'
+        assert env['FSDP_CPU_RAM_EFFICIENT_LOADING'].lower() == 'false'
+
+def test_plan_holds_for_the_sharded_run(pairs):
+    "What a real process held, beside the prediction for a machine without a GPU."
+    from rlsft_nb.plan import memory
+    for kind, (one, two) in pairs[0].items():
+        told = read_json(two.path/'done.json')['peak_mib']/1024
+        assert .3 < told < sum(memory(load_params('tiny', SMALL), 'sft', 2).values())/2**30 + 1.5, kind

@@ -1,0 +1,130 @@
+"Plans: sizes against published ones, memory against what is really held, advice that works, scripts that parse."
+import json, subprocess, sys
+import pytest, torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from rlsft_nb.core import ROOT, load_params
+from rlsft_nb.models import ModelError, load_lm
+from rlsft_nb.plan import *
+from rlsft_nb.plan import _with
+
+# sizes
+
+@pytest.mark.parametrize('kind', ['qwen2', 'llama', 'mllama'])
+def test_sizes_are_those_of_the_weights(pico, kind):
+    lm, _ = load_lm(str(pico[kind]))
+    s, off = sizes(load_params('tiny', dict(model=dict(source='folder', path=str(pico[kind]))))), set(idle(lm))
+    assert s.params == sum(p.numel() for p in lm.parameters()) and s.trained == sum(p.numel() for n, p in lm.named_parameters() if n not in off)
+    assert s.head == (0 if kind == 'llama' else lm.lm_head.weight.numel()) and s.depth == 2 and s.kv == 16 and s.hidden == 32
+    assert bool(off) == (kind == 'mllama') and set(s.matrices) == {tuple(p.shape) for n, p in lm.named_parameters() if p.ndim == 2 and n not in off}
+
+def test_published_sizes(): # model cards; counts on the meta device
+    q, l, s = (sizes(load_params(m)) for m in ('qwen7b', 'llama11b', 'smollm2'))
+    assert (q.params, l.params, s.params) == (7_615_616_512, 10_642_941_475, 134_515_008)
+    assert q.params - q.embed - q.head == pytest.approx(6.53e9, rel=1e-3) and l.trained == pytest.approx(8.030e9, rel=1e-3)
+    assert 2*2*q.depth*q.kv == 57_344 # bytes of cache a token, bf16
+
+def test_another_repository_is_not_given_these_sizes(monkeypatch):
+    asked = []
+    monkeypatch.setattr('rlsft_nb.plan.AutoConfig.from_pretrained', lambda where, **k: asked.append(where) or (_ for _ in ()).throw(OSError('offline')))
+    with pytest.raises(ModelError, match='cannot read the config of my/model: offline'): sizes(load_params('qwen7b', dict(model=dict(path='my/model'))))
+    assert asked == ['my/model']
+
+# measured
+
+def saved_bytes(lm, B, T):
+    "What autograd keeps for the backward pass of the trunk, without weights."
+    own, kept = {p.untyped_storage().data_ptr() for p in [*lm.parameters(), *lm.buffers()]}, {}
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own: kept[x.untyped_storage().data_ptr()] = x
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): lm.model(input_ids=torch.randint(0, 64, (B, T)), use_cache=False)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('config, cls', [(Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)])
+def test_activations_are_as_measured(config, cls, dtype):
+    how = dict(vocab_size=64, hidden_size=128, intermediate_size=512, num_attention_heads=8, num_key_value_heads=2)
+    one, two = (saved_bytes(cls(config(**how, num_hidden_layers=n)).to(dtype), 4, 64) for n in (1, 2))
+    s = Sizes(0, 0, 0, 0, 0, 2, 128, 512, 32, 64, ())
+    assert (two - one)/256 == pytest.approx(layer_bytes(s, dtype.itemsize), rel=.05)
+
+def test_recomputing_keeps_one_layer(pico):
+    cfg = load_params('qwen7b')
+    s, many = sizes(cfg), _with(cfg, dict(sft=dict(checkpointing=False)))
+    assert sft_memory(many, s, 4)['activations'] > 10*sft_memory(cfg, s, 4)['activations']
+
+def test_sixteen_bytes_a_parameter_over_all_gpus():
+    cfg = load_params('qwen7b')
+    s = sizes(cfg)
+    for n in (1, 4, 8):
+        p = sft_memory(cfg, s, n)
+        assert p['weights'] + p['gradients'] + p['optimizer'] == pytest.approx(16*s.params/n)
+    l = sizes(load_params('llama11b'))
+    assert sft_memory(load_params('llama11b'), l, 4)['weights'] == pytest.approx(l.params) # 4 bytes over 4 GPUs, frozen ones too
+
+# fits
+
+def test_the_shipped_recipes_fit_where_they_say():
+    for model in ('qwen7b', 'llama11b', 'smollm2'):
+        cfg = load_params(model)
+        assert [r['stage'] for r in table(cfg, max(1, cfg.needs.gpus), 80) if not r['fits']] == [], model
+
+@pytest.mark.parametrize('stage, change, gib', [('sft', dict(sft=dict(checkpointing=False)), 60), ('sft', dict(sft=dict(batch=1024)), 60), ('ppo', dict(ppo=dict(checkpointing=False, micro=16)), 80), ('score', dict(eval=dict(batch=512)), 80)])
+def test_advice_makes_it_fit(stage, change, gib):
+    import yaml
+    cfg = _with(load_params('qwen7b'), change)
+    assert needed(memory(cfg, stage, 4)) > gib
+    said = advice(cfg, stage, 4, gib)
+    assert said.startswith("-y 'overrides: ")
+    over = yaml.safe_load(said[4:-1])['overrides']
+    assert needed(memory(_with(cfg, over), stage, 4)) <= gib
+
+def test_where_nothing_helps_it_says_how_many_gpus():
+    assert advice(load_params('qwen7b'), 'sft', 1, 70) == '4 GPUs' and needed(memory(load_params('qwen7b'), 'sft', 4)) <= 80
+    assert advice(load_params('qwen7b'), 'spectra', 4, 40).startswith('GPUs of ')
+
+def test_a_stage_that_cannot_fit_is_refused_before_it_starts(pico, monkeypatch):
+    from rlsft_nb.sft import sft_stage
+    with pytest.raises(TooLarge, match=r'sft of qwen7b takes about \d+ GiB on each of 4 GPUs of 40 GiB \(optimizer 14.2.*It would fit with: '): check_fits(load_params('qwen7b'), 'sft', 4, [('A100', 40.)]*4)
+    check_fits(load_params('qwen7b'), 'sft', 4, [('H100', 79.6)]*4)
+    class Memory: available = 2**30
+    monkeypatch.setattr('psutil.virtual_memory', lambda: Memory)
+    monkeypatch.setattr('rlsft_nb.sft.train_sft', lambda *_: 1/0)
+    with pytest.raises(TooLarge, match='without a GPU; 1.0 GiB are free'): sft_stage(load_params('tiny', dict(model=dict(source='folder', path=str(pico['qwen2'])))))
+
+# hours
+
+def test_hours_scale_as_they_must():
+    cfg = load_params('qwen7b')
+    s = sizes(cfg)
+    assert sft_hours(cfg, s, 8) == pytest.approx(sft_hours(cfg, s, 4)/2)
+    assert sft_hours(_with(cfg, dict(sft=dict(checkpointing=False))), s, 4) == pytest.approx(sft_hours(cfg, s, 4)*6/8)
+    assert token_seconds(s, 4, 2) > 2*s.params/450e9 # sharded weights come over the link for each token
+    assert all(r['hours'] > 0 for r in table(cfg, 4, 80))
+
+# commands
+
+def run(*args): return subprocess.run([sys.executable, '-m', 'rlsft_nb.plan', *args], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+def test_the_command(env):
+    good = run('qwen7b', '--gpus', '4', '--gib', '80')
+    assert good.returncode == 0 and 'optimizer' in good.stdout and 'KV cache' in good.stdout and 'DOES NOT FIT' not in good.stdout, good.stderr
+    bad = run('qwen7b', '--gpus', '1')
+    assert bad.returncode == 1 and 'would fit with: 2 GPUs' in bad.stdout
+
+@pytest.mark.parametrize('args, message', [(['qwen8b'], "did you mean 'qwen7b'?"), (['qwen7b', '--overrides', '{sft: {lrr: 1.0}}'], "did you mean 'lr'?"), (['qwen7b', '--overrides', '{a'], 'is not YAML')])
+def test_wrong_commands(args, message, capsys):
+    assert main(args) == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit): main(['qwen7b', '--gpus', '0'])
+
+@pytest.mark.parametrize('model', ['tiny', 'smollm2', 'qwen7b', 'llama11b'])
+@pytest.mark.parametrize('nodes', [1, 2])
+def test_scripts_parse_and_ask_for_what_is_needed(model, nodes):
+    cfg = load_params(model)
+    text = slurm(cfg, nodes, 4, 'me', 'gpu')
+    assert subprocess.run(['bash', '-n'], input=text, text=True, capture_output=True).stderr == ''
+    assert f'#SBATCH --nodes={nodes}\n' in text and ('--gpus-per-node=4' in text) == (cfg.needs.gpus > 0)
+    assert '#SBATCH --account=me\n' in text and '#SBATCH --partition=gpu\n' in text and '{' not in text.split('for nb')[0].replace("'overrides", '')
+    assert ('accelerate launch' in text) == (nodes > 1) and (nodes == 1 or '--num_processes 8' in text)
+    mem = int(text.split('--mem=')[1].split('G')[0])
+    assert mem >= host_gib(cfg, 'restore', 4)

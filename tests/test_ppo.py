@@ -1,0 +1,487 @@
+"PPO: second implementations, the reference's defects, invariances, kills, several processes."
+import json, math, os, random, signal, subprocess, sys, time
+import pytest, torch
+from accelerate import Accelerator
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+from rlsft_nb.core import ParamError, load_params, read_json
+from rlsft_nb.game import Verdict, answer, feedback_turn, hands, multisets, prompt, solve, values, verify
+from rlsft_nb.models import ModelError, clusters, encode, generate_ids, load_lm, stop_ids
+from rlsft_nb import ppo
+from rlsft_nb.ppo import *
+from rlsft_nb.ppo import _chunks, _row
+
+torch.set_num_threads(1)
+PPO = dict(updates=4, episodes=8, batch=4, micro=2, epochs=2, save_every=1, lr=1e-3, lr_end=1., between=1)
+
+def small(pico, kind='qwen2', **p):
+    return load_params('tiny', dict(model=dict(source='folder', path=str(pico[kind])), ppo=PPO | p, eval=dict(max_new_tokens=5, hands=6, val_hands=4), game=dict(attempts=3), workers=1))
+
+@pytest.fixture(scope='module')
+def acc(): return Accelerator(cpu=True)
+
+@pytest.fixture(scope='module')
+def tiny(): return load_lm('tiny')
+
+def weights(folder): return {n: p for n, p in load_lm(str(folder))[0].named_parameters()}
+def same(a, b): return all(torch.equal(p, b[n]) for n, p in a.items())
+
+def fake(rng, n=6, vocab=300, turns=5, longest=9): # hands of random tokens and rewards
+    out = []
+    for _ in range(n):
+        t = Trace(['A']*4, [rng.randrange(vocab) for _ in range(rng.randint(3, 8))])
+        for k in range(rng.randint(1, turns)):
+            t.hear([rng.randrange(vocab) for _ in range(rng.randint(1, longest))], Verdict('wrong_value', float(rng.choice([-3, -2, -1]))))
+            t.ids = t.ids + [rng.randrange(vocab) for _ in range(4)]
+        if rng.random() < .5: t.verdicts[-1] = Verdict('correct', 5.)
+        t.ids = t.ids[:t.spans[-1][1]]
+        out.append(t)
+    return out
+
+def ready(lm, acc, traces, p, pad=0, seed=0): # as `update` leaves them before the first step
+    for t in traces: t.old = t.value = None
+    recall(acc, lm, traces, p, pad)
+    advs, rets = credit_turns(traces, [t.value for t in traces], p)
+    for t, a, r in zip(traces, normalise(acc, advs), rets): t.adv, t.ret = a, r
+    return traces
+
+# advantages and loss, each a second time in plain loops
+
+def loop_gae(rewards, values, discounts, lam):
+    out = []
+    for t in range(len(rewards)):
+        total, weight = 0., 1.
+        for k in range(t, len(rewards)):
+            after = values[k + 1] if k + 1 < len(rewards) else 0.
+            total += weight*(rewards[k] + discounts[k]*after - values[k])
+            weight *= discounts[k]*lam
+        out.append(total)
+    return out
+
+@given(st.integers(0, 10**6), st.sampled_from(['turn', 'token']), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=60)
+def test_gae_is_that_of_the_loop(seed, credit, gamma, lam):
+    rng = random.Random(seed)
+    traces = fake(rng)
+    n = [sum(b - a for a, b in t.spans) if credit == 'token' else len(t.spans) for t in traces]
+    vals = [torch.tensor([rng.gauss(0, 3) for _ in range(k)]) for k in n]
+    p = load_params('tiny', dict(ppo=dict(credit=credit, gamma=gamma, lam=lam))).ppo
+    advs, rets = credit_turns(traces, vals, p)
+    for t, v, a, r in zip(traces, vals, advs, rets):
+        rewards, discounts = [], []
+        for (x, y), verdict in zip(t.spans, t.verdicts):
+            steps = y - x if credit == 'token' else 1
+            rewards += [0.]*(steps - 1) + [verdict.reward]; discounts += [1.]*(steps - 1) + [gamma]
+        want = loop_gae(rewards, v.tolist(), discounts, lam)
+        assert torch.allclose(a, torch.tensor(want), atol=1e-3) and torch.allclose(r, torch.tensor(want) + v, atol=1e-3)
+
+def test_nothing_is_borrowed_from_the_next_hand():
+    "Fails where truncation bootstraps across hands, as in the reference."
+    p = load_params('tiny', dict(ppo=dict(credit='turn', gamma=.9, lam=.95))).ppo
+    lost = lambda: Trace(['A']*4, [0]*12, [(2, 4), (6, 8)], [Verdict('wrong_value', -1.)]*2)
+    alone = credit_turns([lost()], [torch.tensor([1., 2.])], p)
+    beside = credit_turns([lost(), lost()], [torch.tensor([1., 2.]), torch.tensor([100., 100.])], p)
+    assert torch.equal(alone[0][0], beside[0][0]) and alone[1][0][-1] == -1.
+
+@given(st.integers(0, 10**6), st.floats(.05, .5), st.floats(.05, 3))
+@settings(max_examples=60)
+def test_the_loss_is_that_of_the_loop(seed, clip, value_clip):
+    g = torch.Generator().manual_seed(seed)
+    logp, old, adv, value, before, ret = torch.randn(6, 9, generator=g, dtype=torch.float64)
+    policy, val, ratio = ppo_loss(logp, old, adv, value, before, ret, clip, value_clip)
+    want_p = want_v = 0.
+    for i in range(9):
+        r = math.exp(logp[i] - old[i])
+        bound = max(1 - clip, min(1 + clip, r))
+        want_p += max(-r*adv[i].item(), -bound*adv[i].item())
+        near = before[i].item() + max(-value_clip, min(value_clip, (value[i] - before[i]).item()))
+        want_v += max((value[i].item() - ret[i].item())**2, (near - ret[i].item())**2)/2
+    assert policy.item() == pytest.approx(want_p) and val.item() == pytest.approx(want_v) and ratio.min() > 0
+
+def test_large_ratios_keep_their_bound():
+    "The reference drops the minimum where any ratio is above 10."
+    one = torch.ones(1)
+    assert ppo_loss(3*one, 0*one, one, one, one, one, .1, .1)[0].item() == pytest.approx(-1.1)
+
+# ids only grow
+
+def test_grown_ids_are_those_of_the_template(tiny):
+    lm, tok = tiny
+    stops = stop_ids(lm, tok)
+    for h in hands('val', n=20):
+        chat, ids = prompt(h), encode(tok, [prompt(h)])[0]
+        for said in (answer(h, '10', '1+2+3'), answer(h, '10', '(1'), '{}'):
+            turn = feedback_turn(verify(said, h))
+            ids = extend(ids + tok(said)['input_ids'] + [stops[0]], tail_ids(tok, stops, turn), stops)
+            chat += [dict(role='assistant', content=said), turn]
+        assert ids == encode(tok, [chat])[0]
+
+def scripted(tok, stops, lines):
+    lines = iter(lines)
+    return lambda prompts: [tok(x)['input_ids'] + stops for x in [next(lines)]*len(prompts)]
+
+def test_history_is_never_tokenized_again(tiny):
+    "An answer in unusual pieces stays as it was said."
+    lm, tok = tiny
+    stops, h = stop_ids(lm, tok), ['8', '5', '10', '2']
+    odd = [tok.convert_tokens_to_ids(c) for c in '24']
+    assert tok(tok.decode(odd))['input_ids'] != odd
+    t, = rollout(lambda prompts: [odd + stops], tok, stops, [h], load_params('tiny', dict(game=dict(attempts=3))).game)
+    assert [t.ids[a:b] for a, b in t.spans] == [odd + stops]*3
+
+def test_cut_answers_get_the_end_of_turn_that_they_lack(tiny):
+    lm, tok = tiny
+    stops, h = stop_ids(lm, tok), ['8', '5', '10', '2']
+    game = load_params('tiny', dict(game=dict(attempts=2))).game
+    cut, = rollout(lambda prompts: [tok('{"')['input_ids']], tok, stops, [h], game)
+    whole, = rollout(lambda prompts: [tok('{"')['input_ids'] + stops], tok, stops, [h], game)
+    a, b = cut.spans[1][0], whole.spans[1][0]
+    assert cut.ids[:a] == whole.ids[:b] # the same context, but the end of turn is nobody's action
+    assert cut.spans[0][1] + 1 == whole.spans[0][1]
+
+def test_every_answer_is_scored_and_there_is_no_sixth(tiny):
+    lm, tok = tiny
+    stops, asked = stop_ids(lm, tok), []
+    def ask(prompts): asked.append(len(prompts)); return [tok('no')['input_ids'] + stops for _ in prompts]
+    t, = rollout(ask, tok, stops, [['8', '5', '10', '2']], load_params('tiny').game)
+    assert asked == [1]*5 and len(t.verdicts) == len(t.spans) == 5
+    assert t.spans[-1][1] == len(t.ids) and {v.outcome for v in t.verdicts} == {'no_formula'} # no -1 of a step limit
+
+def test_solved_hands_are_asked_no_more_and_busier_processes_are_waited_for(tiny):
+    lm, tok = tiny
+    stops, sizes, h = stop_ids(lm, tok), [], ['8', '5', '10', '2']
+    right = answer(h, '10', solve(values(h))[0])
+    def ask(prompts): sizes.append(len(prompts)); return [tok(right if p is prompts[0] and len(sizes) < 3 else 'no')['input_ids'] + stops for p in prompts]
+    play = lambda most: [len(t.verdicts) for t in rollout(ask, tok, stops, [h, h], load_params('tiny', dict(game=dict(attempts=4))).game, most)]
+    assert play(lambda n: n) == [1, 2] and sizes == [2, 1]
+    sizes.clear()
+    assert play(lambda n: n + 1) == [1, 2] and sizes == [2, 1, 1, 1] # its answers beyond the last hand count for nothing
+
+def test_an_empty_answer_is_refused_and_a_bare_stop_is_an_answer(tiny):
+    lm, tok = tiny
+    stops, game = stop_ids(lm, tok), load_params('tiny', dict(game=dict(attempts=1))).game
+    with pytest.raises(ValueError, match='answer 0 has no tokens'): rollout(lambda prompts: [[]], tok, stops, [['8', '5', '10', '2']], game)
+    t, = rollout(lambda prompts: [stops], tok, stops, [['8', '5', '10', '2']], game)
+    assert t.verdicts[0].outcome == 'no_formula' and t.spans == [(21, 22)]
+
+def test_a_template_without_an_end_of_turn_is_an_error(tiny):
+    lm, tok = load_lm('tiny')
+    tok.chat_template = tok.chat_template.replace("'<|end|>'", "' and '")
+    with pytest.raises(ModelError, match="after an answer; expected one of the tokens that end a turn"): tail_ids(tok, stop_ids(lm, tok), dict(role='user', content='no'))
+
+# asking
+
+def test_hands_are_those_of_generate(tiny, pico):
+    "Near temperature 0, over all turns, on several architectures; rows stop at different times."
+    for kind in ('tiny', 'qwen2', 'llama', 'mllama'):
+        lm, tok = tiny if kind == 'tiny' else load_lm(str(pico[kind]))
+        stops, game, few = stop_ids(lm, tok), load_params('tiny').game, hands('val', n=24)
+        ours = rollout(Player(lm, tok, 31, 1e-4), tok, stops, few, game)
+        plain = rollout(lambda prompts: generate_ids(lm, tok, prompts, max_new_tokens=31), tok, stops, few, game)
+        assert [t.ids for t in ours] == [t.ids for t in plain]
+        if kind == 'tiny': assert len({b - a for t in ours for a, b in t.spans}) > 3
+        busy = rollout(Player(lm, tok, 31, 1e-4, most=lambda n: n + 1), tok, stops, few, game) # other processes are never done
+        assert [t.ids for t in busy] == [t.ids for t in ours]
+
+def test_tokens_are_drawn_as_generate_draws_them(pico):
+    lm, tok = load_lm(str(pico['qwen2']))
+    asked = [i for i in encode(tok, [prompt(h) for h in hands('val', n=40)]) if len(i) == 21][:8]
+    assert Player(lm, tok, 4, .7, 3)(asked) == generate_ids(lm, tok, asked, max_new_tokens=4, temperature=.7, seed=3)
+    said = torch.tensor(Player(lm, tok, 1, .7)(asked[:1]*4000))[:, 0]
+    with torch.no_grad(): want = (lm(torch.tensor(asked[:1])).logits[0, -1].double()/.7).softmax(-1)
+    got = said.bincount(minlength=len(want))/4000
+    assert ((got - want).abs() < 5*(want/4000).sqrt() + 1e-3).all()
+
+def test_only_what_is_new_is_read(pico):
+    "Also when a hand in the middle has dropped out; prompts that continue nothing start anew."
+    lm, tok = load_lm(str(pico['qwen2']))
+    asked, read, player = encode(tok, [prompt(h) for h in hands('val', n=3)]), [], Player(lm, tok, 5, 1e-4)
+    draw = player.draw
+    player.draw = lambda ids, at, real: (read.append(int(real.sum())), draw(ids, at, real))[1]
+    first = player(asked)
+    assert read[0] == sum(map(len, asked))
+    later = [a + f + [7, 8] for a, f in zip(asked, first)]
+    read.clear()
+    second = player([later[0], later[2]])
+    assert read[0] == 2*3 # the last token of an answer was never read
+    fresh = Player(lm, tok, 5, 1e-4)
+    assert second == fresh([later[0], later[2]])
+    read.clear()
+    assert player([asked[1]]) == [first[1]] and read[0] == len(asked[1])
+
+def test_hands_of_rl_are_its_own():
+    own, cfg = set(multisets('rl')), load_params('tiny')
+    assert all(tuple(sorted(values(h))) in own for h in rl_hands(cfg, 0, 3))
+    assert rl_hands(cfg, 0, 3) != rl_hands(cfg, 0, 4) != rl_hands(cfg, 1, 4)
+    wide = rl_hands(load_params('tiny', dict(ppo=dict(part='any'))), 0, 3)
+    assert not all(tuple(sorted(values(h))) in own for h in wide)
+    with pytest.raises(ParamError, match="ppo.part='test'"): rl_hands(load_params('tiny', dict(ppo=dict(part='test'))), 0, 0)
+
+# log-probabilities
+
+@pytest.mark.parametrize('temperature', [1., .5])
+def test_what_sampled_is_what_is_trained(tiny, temperature):
+    "Fails where sampling filters or a temperature are missing from log-probabilities: PPO's against those that generation drew from."
+    lm, tok = load_lm('tiny')
+    lm.generation_config.top_k, lm.generation_config.repetition_penalty = 3, 1.5 # a checkpoint's own settings must not matter
+    stops, ids = stop_ids(lm, tok), encode(tok, [prompt(h) for h in hands('val', n=4)])
+    said = generate_ids(lm, tok, ids, max_new_tokens=12, temperature=temperature, seed=1)
+    traces = [Trace(['A']*4, i) for i in ids]
+    for t, s in zip(traces, said): t.hear(s, Verdict('wrong_value', -1.))
+    out = attach(lm)(**collate(traces, tok.pad_token_id), temperature=temperature)
+    got = iter(out['logp'].tolist())
+    plain, _ = load_lm('tiny')
+    for i, s in zip(ids, said):
+        with torch.no_grad(): logits = plain(torch.tensor([i + s])).logits[0].double()/temperature
+        for k, token in enumerate(s): assert next(got) == pytest.approx(logits[len(i) + k - 1].log_softmax(-1)[token].item(), abs=2e-5)
+
+def test_filters_would_be_noticed(tiny, acc, monkeypatch):
+    "The check of the ratio: a policy that changes between the two readings is an error."
+    lm, tok = load_lm('tiny')
+    model, p = attach(lm), load_params('tiny', dict(ppo=PPO | dict(micro=8))).ppo
+    traces = ready(model, acc, fake(random.Random(0), 4), p)
+    opt = torch.optim.SGD(model.parameters(), lr=0.)
+    step(acc, model, opt, traces, p, 0, True)
+    for t in traces: t.old = t.old.bfloat16().float() # as the reference rounds them
+    with pytest.raises(TrainingError, match='ratio is off by'): step(acc, model, opt, traces, p, 0, True)
+
+def test_one_forward_a_hand_is_one_a_turn(pico):
+    for kind in ('qwen2', 'llama', 'mllama'):
+        lm, tok = load_lm(str(pico[kind]))
+        model, traces = attach(lm), fake(random.Random(1), 5)
+        whole = model(**collate(traces, 0), temperature=.7)
+        turns = [Trace(t.cards, t.ids[:b], [(a, b)]) for t in traces for a, b in t.spans]
+        single = [model(**collate([t], 0), temperature=.7) for t in turns]
+        for k in ('logp', 'entropy', 'value'): assert torch.allclose(whole[k], torch.cat([s[k] for s in single]), atol=2e-5)
+        if kind != 'mllama': assert torch.equal(lm(torch.tensor([[1, 2, 3]])).logits, load_lm(str(pico[kind]))[0](torch.tensor([[1, 2, 3]])).logits)
+
+@pytest.mark.parametrize('credit', ['turn', 'token'])
+def test_padding_order_and_micro_batches_change_nothing(pico, acc, credit):
+    "Also fails where accumulation is off by one: all micro-batches count, once."
+    grads = []
+    for micro, flip in ((1, False), (4, False), (3, True), (12, False)):
+        lm, tok = load_lm(str(pico['qwen2']))
+        model, p = attach(lm), load_params('tiny', dict(ppo=dict(credit=credit, micro=micro, grad_clip=1e9, entropy_coef=.01))).ppo
+        traces = ready(model, acc, fake(random.Random(2), 12), p)
+        for t in traces: t.old = t.old - .05*torch.arange(len(t.old)) # ratios that are not 1
+        before = [w.detach().clone() for w in model.parameters()]
+        step(acc, model, torch.optim.SGD(model.parameters(), lr=1.), traces[::-1] if flip else traces, p, 0, False)
+        grads.append(torch.cat([(b - w.detach()).flatten() for b, w in zip(before, model.parameters())]))
+    for g in grads[1:]: assert (g - grads[0]).norm() < 1e-4*grads[0].norm() and grads[0].norm() > 0
+
+def test_micro_batches_make_one_step(pico, acc):
+    lm, tok = load_lm(str(pico['qwen2']))
+    model, p, calls = attach(lm), load_params('tiny', dict(ppo=dict(micro=2, batch=6, epochs=3))).ppo, []
+    opt = torch.optim.SGD(model.parameters(), lr=0.)
+    plain = opt.step
+    opt.step = lambda *a: (calls.append(sum(w.grad is not None for w in model.parameters())), plain())
+    got = update(acc, model, opt, fake(random.Random(3), 15), p, 0, random.Random(0))
+    assert len(calls) == 3*3 and min(calls) > 0 # 6 + 6 + 3 hands, three epochs: no step early, none left over
+    assert got['kl'] == pytest.approx(0, abs=1e-6) and got['clipped'] == 0 and got['ratio_max'] == pytest.approx(1, abs=1e-4)
+
+def test_equal_rewards_teach_the_policy_nothing(pico, acc):
+    lm, tok = load_lm(str(pico['qwen2']))
+    model, p = attach(lm), load_params('tiny', dict(ppo=dict(value_coef=0., gamma=1., lam=0., micro=4, grad_clip=1e9))).ppo
+    traces = fake(random.Random(4), 6, turns=1)
+    for t in traces: t.verdicts = [Verdict('wrong_value', -1.)]
+    torch.nn.init.zeros_(model.value_head[-1].weight)
+    ready(model, acc, traces, p)
+    sums, _, norm = step(acc, model, torch.optim.SGD(model.parameters(), lr=0.), traces, p, 0, True)
+    assert norm < 1e-3 and sums['policy_loss'] == pytest.approx(0, abs=1e-3)
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_changed(pico, acc):
+    lm, tok = load_lm(str(pico['qwen2']))
+    model, p = attach(lm), load_params('tiny', dict(ppo=dict(micro=4))).ppo
+    traces, before = ready(model, acc, fake(random.Random(5), 4), p), [w.detach().clone() for w in model.parameters()]
+    traces[0].ret = traces[0].ret*math.nan
+    with pytest.raises(TrainingError, match='gradient is not finite'): step(acc, model, torch.optim.SGD(model.parameters(), lr=1.), traces, p, 0, True)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+def test_the_reference_model_is_the_start_and_k3_is_never_negative(pico, acc):
+    lm, tok = load_lm(str(pico['qwen2']))
+    model, ref, p = attach(lm), attach(load_lm(str(pico['qwen2']))[0]), load_params('tiny', dict(ppo=dict(kl_coef=.1, micro=4, batch=6, epochs=1))).ppo
+    opt, rng = torch.optim.Adam(model.parameters(), lr=1e-3), random.Random(0)
+    seen = [update(acc, model, opt, fake(random.Random(6), 6), p, 0, rng, ref)['reference_kl'] for _ in range(3)]
+    assert seen[0] == pytest.approx(0, abs=1e-6) and 0 < seen[1] < seen[2]
+
+# a toy game: the first token of the answer decides
+
+def toy_run(pico, acc, shuffled, credit='turn'):
+    lm, tok = load_lm(str(pico['qwen2']))
+    model, p = attach(lm), load_params('tiny', dict(ppo=dict(credit=credit, micro=64, batch=64, epochs=4, clip=.2))).ppo
+    opt = torch.optim.AdamW([dict(params=[w for n, w in model.named_parameters() if 'value' not in n], lr=5e-3), dict(params=model.value_head.parameters(), lr=5e-3)])
+    rng, rates, asked = random.Random(0), [], encode(tok, [prompt(h) for h in hands('val', n=64)])
+    for u in range(20):
+        said = generate_ids(model, tok, asked, max_new_tokens=2, temperature=1., seed=u)
+        won = [s[0] % 2 == 0 for s in said]
+        rates.append(sum(won)/64)
+        if shuffled: rng.shuffle(won)
+        traces = [Trace(['A']*4, i) for i in asked]
+        for t, s, w in zip(traces, said, won): t.hear(s, Verdict('correct', 1.) if w else Verdict('wrong_value', -1.))
+        update(acc, model, opt, traces, p, tok.pad_token_id, rng)
+    return sum(rates[-3:])/3
+
+@pytest.mark.parametrize('credit', ['turn', 'token'])
+def test_a_toy_game_is_learned_and_shuffled_rewards_teach_nothing(pico, acc, credit):
+    assert toy_run(pico, acc, False, credit) > .9
+    assert toy_run(pico, acc, True, credit) < .75
+
+# the run
+
+@pytest.fixture(scope='module')
+def trained(pico, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ppo')
+    return folder, train_ppo(small(pico), str(pico['qwen2']), folder, 1)
+
+def test_a_run_leaves_a_plain_checkpoint_a_head_and_a_log(trained, pico):
+    folder, r = trained
+    assert sorted(p.name for p in folder.iterdir()) == ['log.jsonl', 'policy', 'state-4', 'trained.json']
+    assert [l['update'] for l in r['log']] == [1, 2, 3, 4] and r['log'] == read_log(folder)
+    assert read_json(folder/'policy'/'config.json')['architectures'] == ['Qwen2ForCausalLM']
+    assert set(load_file(folder/'policy'/'value_head.safetensors')) == {f'{i}.{k}' for i in (0, 2, 4) for k in ('weight', 'bias')}
+    assert set(weights(folder/'policy')) == set(weights(pico['qwen2'])) and not same(weights(folder/'policy'), weights(pico['qwen2']))
+    line = r['log'][0]
+    assert line['hands'] == 8 and 1 <= line['turns'] <= 3 and abs(sum(line[o] for o in ppo.OUTCOMES) - 1) < 1e-9
+    assert 0 < line['length'] <= 5 and line['ratio_min'] <= 1 <= line['ratio_max'] and line['kl'] >= 0 and line['lr'] == pytest.approx(1e-3)
+
+@pytest.mark.parametrize('kind', ['llama', 'mllama'])
+def test_other_architectures_train_and_load_again(pico, tmp_path, kind):
+    train_ppo(small(pico, kind, updates=1, kl_coef=.1, entropy_coef=.01, credit='token'), str(pico[kind]), tmp_path)
+    before, after = weights(pico[kind]), weights(tmp_path/'policy')
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert set(before) == set(after) and any('self_attn' in n for n in moved)
+    assert not any('vision' in n or 'cross_attn' in n for n in moved)
+
+def test_a_finished_run_is_not_made_again(trained, pico):
+    start = time.perf_counter()
+    assert train_ppo(small(pico), str(pico['qwen2']), trained[0], 1) == trained[1] and time.perf_counter() - start < 1
+
+def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, pico, tmp_path):
+    over = dict(model=dict(source='folder', path=str(pico['qwen2'])), ppo=PPO, eval=dict(max_new_tokens=5, hands=6, val_hands=4), game=dict(attempts=3), workers=1)
+    code = f'from rlsft_nb.core import load_params\nfrom rlsft_nb.ppo import train_ppo\ntrain_ppo(load_params("tiny", {over!r}), {str(pico["qwen2"])!r}, {str(tmp_path)!r}, 1)'
+    for seen in (1, 3): # killed after each of these was reached
+        p = subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not any(int(f.name.split('-')[1]) >= seen for f in tmp_path.glob('state-*')) and p.poll() is None: time.sleep(.002)
+        p.kill(); p.wait()
+    with open(tmp_path/'log.jsonl', 'a') as f: f.write('{"update": 4, "hal') # cut short by the kill
+    got = train_ppo(small(pico), str(pico['qwen2']), tmp_path, 1)
+    assert same(weights(tmp_path/'policy'), weights(trained[0]/'policy'))
+    timeless = lambda log: [{k: v for k, v in l.items() if not k.endswith('_s')} for l in log]
+    assert timeless(got['log']) == timeless(trained[1]['log'])
+    assert torch.equal(*(load_file(d/'policy'/'value_head.safetensors')['0.weight'] for d in (tmp_path, trained[0])))
+
+def test_a_folder_of_another_start_is_refused(pico, tmp_path):
+    train_ppo(small(pico, updates=1), str(pico['qwen2']), tmp_path)
+    (tmp_path/'trained.json').unlink()
+    with pytest.raises(ParamError, match='holds a run from'): train_ppo(small(pico), str(pico['llama']), tmp_path)
+
+@pytest.mark.parametrize('p, message', [(dict(credit='word'), "ppo.credit='word': expected 'turn' or 'token'"), (dict(episodes=6), 'ppo.episodes=6 is no multiple of ppo.batch=4'), (dict(temperature=0.), 'ppo.temperature=0.0: expected a positive'),
+    (dict(micro=0), 'ppo.micro=0'), (dict(gamma=1.5), 'ppo.gamma=1.5'), (dict(lr=math.inf), 'ppo.lr=inf')])
+def test_impossible_settings_are_refused_before_anything_is_made(pico, tmp_path, p, message):
+    with pytest.raises(ParamError, match=message): train_ppo(small(pico, **p), str(pico['qwen2']), tmp_path/'new')
+    assert not (tmp_path/'new').exists()
+
+def test_a_start_that_is_no_language_model_is_an_error(pico, tmp_path):
+    with pytest.raises(ModelError, match='cannot load'): train_ppo(small(pico), str(tmp_path/'..'), tmp_path)
+
+# several processes
+
+RANKS = '''
+import sys, torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from rlsft_nb.core import load_params
+from rlsft_nb.ppo import train_ppo, accelerator
+torch.set_num_threads(1)
+kind, over, start, folder = sys.argv[1], eval(sys.argv[2]), sys.argv[3], sys.argv[4]
+cfg = load_params("tiny", over)
+acc = accelerator(cfg)
+if kind == "fsdp2": # accelerate itself never shards on CPU
+    acc.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True, cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT")
+    PartialState._shared_state["distributed_type"] = acc.state.distributed_type = DistributedType.FSDP
+assert acc.num_processes == 2
+train_ppo(cfg, start, folder, 1, acc)
+acc.end_training()
+'''
+
+@pytest.mark.parametrize('kind', ['fsdp2', 'ddp'])
+def test_two_processes_stay_in_step_and_resume(pico, tmp_path, kind, env):
+    over = dict(model=dict(source='folder', path=str(pico['qwen2'])), ppo=PPO | dict(updates=2), eval=dict(max_new_tokens=5), game=dict(attempts=3))
+    (tmp_path/'ranks.py').write_text(RANKS)
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'ranks.py'), kind]
+    def go(folder, **p):
+        got = subprocess.run([*launch, repr(over | dict(ppo=over['ppo'] | p)), str(pico['qwen2']), str(tmp_path/folder)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+        assert (tmp_path/folder/'trained.json').is_file(), got.stderr[-3000:] + got.stdout[-1000:]
+        return read_json(tmp_path/folder/'trained.json')['log']
+    log = go('whole')
+    assert [l['hands'] for l in log] == [8, 8] and all(math.isfinite(l['grad_norm']) for l in log)
+    import shutil
+    shutil.copytree(tmp_path/'whole', tmp_path/'again')
+    (tmp_path/'again'/'trained.json').unlink()
+    assert [l['update'] for l in go('again')] == [1, 2] # the state loads and nothing is left to do
+    assert same(weights(tmp_path/'again'/'policy'), weights(tmp_path/'whole'/'policy')) and not same(weights(tmp_path/'whole'/'policy'), weights(pico['qwen2']))
+
+def test_processes_share_one_gradient(pico, tmp_path, env):
+    "With one answer possible, two processes do what one does."
+    over = dict(model=dict(source='folder', path=str(pico['qwen2'])), ppo=PPO | dict(updates=1, epochs=1, batch=8, temperature=1e-4), eval=dict(max_new_tokens=4), game=dict(attempts=2))
+    (tmp_path/'ranks.py').write_text(RANKS)
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'ranks.py'), 'ddp', repr(over), str(pico['qwen2']), str(tmp_path/'two')], stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    one, two = train_ppo(load_params('tiny', over), str(pico['qwen2']), tmp_path/'one', 1)['log'], read_json(tmp_path/'two'/'trained.json')['log']
+    for k in ('reward', 'turns', 'length', 'value_loss', 'grad_norm', 'explained'): assert one[0][k] == pytest.approx(two[0][k], rel=1e-3), k
+
+def test_the_command_line(pico):
+    run = lambda *args: subprocess.run([sys.executable, '-m', 'rlsft_nb.ppo', *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    bad = run('--model', 'tinny')
+    assert bad.returncode == 1 and "did you mean 'tiny'" in bad.stderr and 'Traceback' not in bad.stderr
+    over = json.dumps(dict(model=dict(source='folder', path=str(pico['qwen2'])), sft=dict(steps=2, checkpoints=[1, 2], hands=8, batch=4, save_every=2), ppo=PPO | dict(updates=1), eval=dict(max_new_tokens=4), game=dict(attempts=2)))
+    good = run('--overrides', over)
+    assert good.returncode == 0, good.stderr
+    assert good.stdout.strip().endswith('policy') and (weights(good.stdout.strip()))
+    assert "SFT kept the steps" in run('--overrides', over, '--start', '7').stderr
+
+# sweep and verdicts
+
+def test_the_sweep_is_cached_and_complete(pico):
+    cfg_over = dict(model=dict(source='folder', path=str(pico['qwen2'])), ppo=PPO | dict(updates=1), eval=dict(max_new_tokens=4, hands=6, val_hands=4), game=dict(attempts=2), workers=1,
+                    sft=dict(steps=4, checkpoints=[1, 2, 3, 4], hands=8, batch=4, save_every=4, warmup=1, loss_hands=4))
+    cfg = load_params('tiny', cfg_over)
+    sweep = sweep_stage(cfg)
+    r = sweep.results()
+    assert [q['step'] for q in r['points']] == starts(ppo.curve_stage(cfg).results(), 1) and r['points'][-1]['step'] == 4
+    assert all(q['after']['OOD']['n'] == 6 and len(q['log']) == 1 for q in r['points'])
+    assert score_stage(cfg, 4).results() == r['points'][-1]['after']
+    assert rl_stage(load_params('tiny', cfg_over | dict(ppo=cfg_over['ppo'] | dict(sweep_seeds=0, between=2))), 4).key == rl_stage(cfg, 4).key
+    assert named(cfg)['rl'] == str(policy(cfg, 4)) and same(weights(named(cfg)['rl']), weights(rl_stage(cfg, 4).path/'policy'))
+    start = time.perf_counter()
+    assert sweep_stage(cfg).results() == r and time.perf_counter() - start < 5
+    assert len(sweep_rows(r, clusters(cfg))) == len(r['points']) and table(sweep_rows(r, clusters(cfg))).count('\n') == len(r['points']) + 1
+
+def record(rate, n=200): return dict(n=n, hits='1'*int(rate*n) + '0'*(n - int(rate*n)), first=dict(rate=rate, lo=0., hi=1.), within=dict(rate=rate, lo=0., hi=1.))
+def cell(ood, i=.5): return dict(OOD=record(ood), ID=record(i))
+
+def told(before, after, peak, ids=(.5, .5)):
+    points = [dict(step=k, before=cell(b, ids[0]), after=cell(a, ids[1])) for k, (b, a) in enumerate(zip(before, after))]
+    scores = dict(peak=dict(within=cell(before[peak])), end=dict(within=points[-1]['before']), rl=dict(within=points[-1]['after']))
+    return [r['verdict'] for r in verdicts(scores, dict(points=points), peak, dict(ID=range(200), OOD=range(200)))]
+
+def test_verdicts_follow_their_thresholds():
+    assert told((.3, .5, .4, .2, .1, .05), (.45, .7, .6, .3, .2, .15), 1, (.6, .4)) == ['holds']*5
+    assert told((.3, .5, .4, .2, .1, .05), (.1, .02, .05, .2, .6, .04), 1, (.4, .6))[0] == 'within noise'
+    assert told((.1, .5, .4, .3, .2, .15), (.5, .1, .2, .3, .4, .49), 1, (.4, .6)) == ['holds', 'within noise', 'fails', 'fails', 'fails']
+
+def test_without_a_sweep_the_verdicts_that_need_it_name_the_command():
+    scores = dict(peak=dict(within=cell(.5)), end=dict(within=cell(.1, .6)), rl=dict(within=cell(.4, .4)))
+    rows = verdicts(scores, None, 1, dict(ID=range(200), OOD=range(200)), sweep_command('tiny', 3))
+    assert [r['verdict'] for r in rows] == ['holds', 'within noise', 'not run', 'holds', 'not run']
+    assert rows[2]['here'] == "Run: papermill nbs/03_ppo.ipynb -p model tiny -p seed 3 -y 'overrides: {ppo: {sweep_seeds: 4}}'"
+
+def test_spearman_against_scipy():
+    from scipy.stats import spearmanr
+    rng = random.Random(0)
+    for n in (4, 6, 7):
+        a, b = [rng.randint(0, 6) for _ in range(n)], [rng.randint(0, 6) for _ in range(n)]
+        assert spearman(a, b)[0] == pytest.approx(spearmanr(a, b).statistic, abs=1e-6)
+    assert spearman([1, 1, 1], [1, 2, 3]) == (0., 1.) and spearman(range(6), range(6))[1] == pytest.approx(2/720)
+    with pytest.raises(ValueError, match='expected 2 to 8 pairs'): spearman([1], [2])
