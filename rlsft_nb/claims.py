@@ -13,35 +13,37 @@ __all__ = ['FIELDS', 'MEASURED', 'NEEDS', 'MEASURES', 'VERDICTS', 'UNITS', 'SETS
            'judge_claim', 'judge_claims', 'tally', 'verdict_text', 'here_text', 'to_markdown', 'table', 'newcombe',
            'at_best', 'needed', 'needed_paired', 'one_number', 'own_numbers', 'numbers_markdown']
 
-# %% ../nbs/07_claims.ipynb #44984fcb
+# %% ../nbs/07_claims.ipynb #559973e1
 import math, re
+from functools import lru_cache
 from statistics import NormalDist, fmean, median
 
 import numpy as np
 import yaml
 from scipy import stats
 
-from .core import ROOT, Markdown, ParamError, _cell, _near, cluster_interval, figures_dir, load_params, mcnemar, mean_spread, read_json, sha256_file, wilson
+from .core import (ROOT, Markdown, ParamError, _cell, _near, cluster_interval, figures_dir, load_params, mcnemar, mean_spread, read_json, sha256_file,
+                          wilson)
 from .models import clusters
 from .ppo import AUTHORS, spearman
 from .restore import cell_name, holm, layer_groups, recovery
 from .spectra import bands
 from . import theory
 
-# %% ../nbs/07_claims.ipynb #0933c7dc
+# %% ../nbs/07_claims.ipynb #55d6c291
 FIELDS = ('id', 'at', 'claim', 'paper', 'quantity', 'test', 'fixed') # every claim has these; measured ones also:
 MEASURED = ('measure', 'args', 'unit', 'control')
 NEEDS = dict(sign=('expect', 'alpha'), above=('at', 'clear'), least=('at',), most=('at',), between=('lo', 'hi'), none=()) # of a test
 
 def _check_claim(c, sections):
     "Raise `ParamError` for a claim that could not be judged."
-    told = f"params/claims.yaml: {c.get('id', c)}"
+    where = f"params/claims.yaml: {c.get('id', c)}"
     kind = c.get('test', {}).get('kind')
-    if kind not in NEEDS: raise ParamError(f'{told}: test kind {kind!r}; {_near(kind, list(NEEDS))}')
+    if kind not in NEEDS: raise ParamError(f'{where}: test kind {kind!r}; {_near(kind, list(NEEDS))}')
     lost = [f for f in (*FIELDS, *(MEASURED if kind != 'none' else ('why',))) if f not in c] + [f for f in NEEDS[kind] if f not in c['test']]
-    if lost: raise ParamError(f'{told} has no {lost[0]!r}')
-    if kind != 'none' and c['measure'] not in MEASURES: raise ParamError(f"{told}: measure {c['measure']!r}; {_near(c['measure'], list(MEASURES))}")
-    if c['at'][0] not in sections: raise ParamError(f"{told}: at {c['at'][0]!r}; {_near(c['at'][0], list(sections))}")
+    if lost: raise ParamError(f'{where} has no {lost[0]!r}')
+    if kind != 'none' and c['measure'] not in MEASURES: raise ParamError(f"{where}: measure {c['measure']!r}; {_near(c['measure'], list(MEASURES))}")
+    if c['at'][0] not in sections: raise ParamError(f"{where}: at {c['at'][0]!r}; {_near(c['at'][0], list(sections))}")
 
 # %% ../nbs/07_claims.ipynb #569c977b
 MEASURES = {} # name -> function; filled below
@@ -60,7 +62,7 @@ def load_claims(path=ROOT/'params'/'claims.yaml') -> dict: # conf, tests, record
     if twice: raise ParamError(f'params/claims.yaml: {twice[0]!r} stands there twice')
     return told
 
-# %% ../nbs/07_claims.ipynb #dec09811
+# %% ../nbs/07_claims.ipynb #db04090b
 class Absent(Exception): "A record, or a part of one, that is not there: name, and what is missing."
 class Untestable(Exception): "A record that cannot answer the question: why."
 
@@ -69,12 +71,13 @@ def seeds_of(model:str) -> list: # ascending
     found = (re.fullmatch(r'fig2-seed(\d+)', p.stem) for p in figures_dir(model).glob('fig2-*.json'))
     return sorted({int(m[1]) for m in found if m})
 
+# %% ../nbs/07_claims.ipynb #b6d34d11
 class Records:
     "`records(name, *path)`: a part of figures/<model>/<name>-seed<seed>.json. `files` were read, `asked` were asked for."
     def __init__(self, model:str, seed:int): self.model, self.seed, self.files, self.asked = model, seed, {}, {}
     def _load(self, name) -> dict:
         path = figures_dir(self.model)/f'{name}-seed{self.seed}.json'
-        if name not in self.files and not path.is_file(): raise Absent(name, f'no {path.name}')
+        if name not in self.files and not path.is_file(): raise Absent(name, f'no record {path.name}')
         if name not in self.files: self.files[name] = dict(path=path, sha256=sha256_file(path), record=read_json(path))
         return self.files[name]['record']
     def __call__(self, name, *path):
@@ -82,7 +85,7 @@ class Records:
         x = self._load(name)
         for i, k in enumerate(path):
             try: x = x[k]
-            except (KeyError, IndexError, TypeError): raise Absent(name, f"{name}-seed{self.seed}.json has no {'.'.join(map(str, path[:i + 1]))}") from None
+            except (KeyError, IndexError, TypeError): raise Absent(name, f"record {name}-seed{self.seed}.json lacks {'.'.join(path[:i + 1])}") from None
         return x
 
 # %% ../nbs/07_claims.ipynb #ee1678c6
@@ -132,7 +135,7 @@ def over_seeds(t:dict,        # a claim's test
     agree = len({_inside(t, v) for v in values}) == 1
     return s | dict(verdict=_over(t, s) if agree else 'within noise')
 
-# %% ../nbs/07_claims.ipynb #e1af2732
+# %% ../nbs/07_claims.ipynb #17eb2c51
 UNITS = dict(points=(100, '{:+.1f} points'), percent=(100, '{:.1f} %'), times=(1, '{:.2f} times'), rho=(1, '{:+.2f}'), number=(1, '{:.2f}'),
              degrees=(1, '{:.1f}°'), steps=(1, '{:.1f} steps'), order=(1, '{:.1f}'))
 
@@ -149,6 +152,7 @@ def interval(x:dict, unit:str # with lo and hi, as a measure or `over_seeds` giv
     if x.get('lo') is None: return ''
     return f"{re.sub(' (%|points|times)$', '', told(x['lo'], unit))} to {told(x['hi'], unit)}"
 
+# %% ../nbs/07_claims.ipynb #4728c092
 def threshold(t:dict, unit:str # of a claim's test
     ) -> str:
     "What is asked, in words."
@@ -157,7 +161,7 @@ def threshold(t:dict, unit:str # of a claim's test
     if t['kind'] == 'between': return f"{told(t['lo'], unit)} to {told(t['hi'], unit)}"
     return '' if t['kind'] == 'none' else f"at {t['kind']} {told(t['at'], unit)}"
 
-# %% ../nbs/07_claims.ipynb #0b164082
+# %% ../nbs/07_claims.ipynb #42090447
 def _bits(rec) -> np.ndarray: return np.frombuffer(rec['hits'].encode(), np.uint8) - 48.
 def _percent(x) -> str: return f'{100*x:.1f} %'
 
@@ -167,14 +171,15 @@ def difference(a:dict, b:dict, # records of one cell: `hits` is a 0 or 1 a hand
     ) -> dict:                 # value: rate of b minus that of a; lo, hi, n, p, here
     "Two models on the same hands."
     d = _bits(b) - _bits(a)
-    if len(groups) != len(d) or len(set(groups)) != a['multisets']: raise ParamError('the records are of other hands than these parameters deal; give the overrides of their run')
+    if (len(groups), len(set(groups))) != (len(d), a['multisets']):
+        raise ParamError('the records are of other hands than these parameters deal; give the overrides of their run')
     _, of = np.unique([str(g) for g in groups], return_inverse=True)
     excess, G = np.bincount(of, d - d.mean()), of.max() + 1
     half = NormalDist().inv_cdf(.5 + conf/2)*math.sqrt(G/max(G - 1, 1)*(excess**2).sum())/len(d)
     return dict(value=d.mean(), lo=d.mean() - half, hi=d.mean() + half, n=len(d), p=mcnemar(_bits(a), _bits(b), groups)['p'],
                 here=f'{_percent(_bits(a).mean())} to {_percent(_bits(b).mean())}')
 
-# %% ../nbs/07_claims.ipynb #9a35e4cb
+# %% ../nbs/07_claims.ipynb #856653f6
 @measure
 def change(get, cfg, record, cell, a, b) -> dict:
     "From one stage to another of figure 1, on the same hands."
@@ -188,6 +193,7 @@ def from_peak(get, cfg) -> dict:
     if not p: raise Absent('sweep', f'the sweep has no start at step {peak}')
     return difference(p['before']['OOD'], p['after']['OOD'], clusters(cfg)['OOD'])
 
+# %% ../nbs/07_claims.ipynb #b04a584e
 @measure
 def given_back(get, cfg) -> dict:
     "Share of the lost OOD accuracy that RL gives back."
@@ -228,7 +234,7 @@ def worst_start(get, cfg) -> dict:
     i = min(range(len(each)), key=lambda i: each[i]['value'])
     return each[i] | dict(p=holm([e['p'] for e in each])[i], here=f"{each[i]['here']} from step {points[i]['step']}")
 
-# %% ../nbs/07_claims.ipynb #f5fc72f0
+# %% ../nbs/07_claims.ipynb #37451832
 def _losses(get, kind) -> list: return [p['loss'][kind]['loss'] for p in get('fig2', 'curve', 'points')]
 
 SETS = dict(id_train='training hands', id_test='test hands', ood='OOD hands')
@@ -241,6 +247,7 @@ def loss_end(get, cfg, sets, over) -> dict:
     s = max(ratio, key=ratio.get)
     return dict(value=ratio[s], n=get('fig2', 'curve', 'points')[0]['loss'][s]['n'], here=f'{curves[s][-1]/ratio[s]:.2f} to {curves[s][-1]:.2f} ({SETS[s]})')
 
+# %% ../nbs/07_claims.ipynb #e72fa140
 @measure
 def loss_line(get, cfg) -> dict:
     "R² of a rising line through the OOD loss from its minimum on."
@@ -258,7 +265,7 @@ def loss_lag(get, cfg) -> dict:
     i, j = y.index(min(y)), steps.index(get('fig2', 'curve', 'peak'))
     return dict(value=float(abs(i - j)), n=len(y), here=f'minimum at {steps[i]}, peak at {steps[j]}')
 
-# %% ../nbs/07_claims.ipynb #87ae02d2
+# %% ../nbs/07_claims.ipynb #f71bed49
 def _rows(get, pair) -> list:
     "The changed matrices of the layers."
     rows = [r for r in get('spectra-overview', pair) if r['layer'] >= 0 and r.get('shift') is not None]
@@ -270,6 +277,7 @@ def _of(k, n, what) -> dict:
     lo, hi = wilson(k, n)
     return dict(value=k/n, lo=lo, hi=hi, n=n, here=f'{k} of {n} {what}')
 
+# %% ../nbs/07_claims.ipynb #22f68d77
 @measure
 def values_stay(get, cfg, pair, at=.01) -> dict:
     "Share of matrices whose singular values shift by at most `at`."
@@ -301,7 +309,7 @@ def _number(value, null, n) -> dict:
     "A number beside what chance gives."
     return dict(value=float(value), null=float(null), n=n)
 
-# %% ../nbs/07_claims.ipynb #84cf3415
+# %% ../nbs/07_claims.ipynb #db5ef7d1
 @measure
 def reorients(get, cfg, pairs) -> dict:
     "Share of the squared update that turns directions."
@@ -317,6 +325,7 @@ def alike(get, cfg, unit) -> dict:
     chance = median(angle(a)/a['lead_ratio']/(angle(b)/b['lead_ratio']) for a, b in both)
     return _number(median(angle(a)/angle(b) for a, b in both), chance, len(both))
 
+# %% ../nbs/07_claims.ipynb #1f13610b
 @measure
 def qkv_alike(get, cfg, pairs) -> dict:
     "Largest over smallest shift among q, k and v of the first layer."
@@ -365,7 +374,7 @@ def energy(get, cfg, pairs) -> dict:
         return abs(((s + m['ds'])**2).sum()/(s**2).sum() - 1), abs((s**2 + 2*s*mean + square).sum()/(s**2).sum() - 1)
     return _figure3(get, pairs, one, max)
 
-# %% ../nbs/07_claims.ipynb #38718686
+# %% ../nbs/07_claims.ipynb #7f6a8d79
 def _figure4(get, pairs, one) -> dict:
     "The smaller over pairs of the median for the matrices of figure 4, measured and by chance."
     each = {p: [one(m['verdicts']) for m in _curves(get, 'fig4', p)] for p in _there(get, 'fig4', pairs)}
@@ -383,11 +392,12 @@ def low_index_kept(get, cfg, pairs) -> dict:
     def one(v): return v['tail']['here']/v['head']['here'], v['tail']['here']/v['tail']['ratio']/(v['head']['here']/v['head']['ratio'])
     return _figure4(get, pairs, one)
 
+# %% ../nbs/07_claims.ipynb #8dcd8082
 @measure
 def full_basis(get, cfg, pairs) -> dict:
     "Mean angle between full bases."
-    found = {p: [q['mean'] for m in _curves(get, 'fig4', p) for s in m['sides'].values() for q in s['principal'] if q['k'] == s['d']] for p in _there(get, 'fig4', pairs)}
-    angles = [x for xs in found.values() for x in xs]
+    sides = [s for p in _there(get, 'fig4', pairs) for m in _curves(get, 'fig4', p) for s in m['sides'].values()]
+    angles = [q['mean'] for s in sides for q in s['principal'] if q['k'] == s['d']]
     if not angles: raise Absent('fig4', 'figure 4 has no full bases: spectra.ks lacks 1.0')
     return dict(value=max(angles), n=len(angles), here=f'{max(angles):.0f}° between {len(angles)} pairs of bases', null=0.)
 
@@ -399,14 +409,16 @@ def published_angles(get, cfg, published, shapes) -> dict:
     value = max(abs(a - b) for a, b in zip(published, law))
     return dict(value=value, n=len(law), here='random subspaces begin at ' + ' and '.join(f'{x:.1f}°' for x in law))
 
-# %% ../nbs/07_claims.ipynb #b4531e32
+# %% ../nbs/07_claims.ipynb #57859294
 def _cells(get, cfg, ranks) -> tuple:
     "OOD cells of directions and of their control: `ranks` of all matrices, or with all ranks the paper's first layers."
     if ranks < 1: name, where, modes = 'fig6', dict(ranks=ranks), ('directions', 'interpolate')
-    else: name, where, modes = 'fig5', dict(layers=_groups(get, cfg, 'prefix')[0]), ('directions', 'swap')
+    else: name, where, modes = 'fig5', dict(layers=_first(get, cfg)), ('directions', 'swap')
     return tuple(get(name, 'peak', 'cells', cell_name(m, **where), 'OOD') for m in modes)
 
-def _groups(get, cfg, kind) -> list: return [g['layers'] for g in layer_groups(get('fig5', 'peak', 'depth'), cfg.restore.bands, cfg.restore.prefixes) if g['kind'] == kind]
+def _first(get, cfg) -> str:
+    "The paper's first 25 % of layers."
+    return next(g['layers'] for g in layer_groups(get('fig5', 'peak', 'depth'), cfg.restore.bands, cfg.restore.prefixes) if g['kind'] == 'prefix')
 
 @measure
 def recovered(get, cfg, ranks) -> dict:
@@ -414,6 +426,7 @@ def recovered(get, cfg, ranks) -> dict:
     edited, control = _cells(get, cfg, ranks)
     return _share(edited['recovery'], edited['n']) | dict(null=control['recovery']['value'])
 
+# %% ../nbs/07_claims.ipynb #c4a4dd2d
 @measure
 def helps(get, cfg, ranks) -> dict:
     "Change of OOD accuracy by an edit."
@@ -421,7 +434,7 @@ def helps(get, cfg, ranks) -> dict:
     null = control['rate'] - before if control['p'] < .01 else 0.
     return dict(value=edited['rate'] - before, p=edited['p'], n=edited['n'], null=null, here=f"{_percent(before)} to {_percent(edited['rate'])}")
 
-# %% ../nbs/07_claims.ipynb #813637b3
+# %% ../nbs/07_claims.ipynb #943401e1
 def _both(d, v, at, n) -> dict: # recoveries with directions and with values
     "By how much one is above `at` and the other below; the smaller."
     if None in (d['lo'], v['lo']): raise Untestable('nothing was lost beyond doubt, so there is nothing to recover')
@@ -435,6 +448,7 @@ def directions_not_values(get, cfg) -> dict:
     chance = 1 - get('fig6', 'peak', 'freedom', 'chance')
     return _both(d['recovery'], v['recovery'], .5, d['n']) | dict(null=min(chance - .5, .5), nulls=dict(directions=chance, values=0.))
 
+# %% ../nbs/07_claims.ipynb #ae5b8dce
 def _lost(get, mode) -> dict:
     "Share of RL's OOD accuracy that an edit towards the SFT end destroys."
     k = get('fig7', 'rl', 'cells', cell_name(mode), 'OOD', 'kept')
@@ -452,7 +466,7 @@ def imposed_not_values(get, cfg) -> dict:
     d, v = _lost(get, 'directions'), _lost(get, 'values')
     return _both(d, v, .25, get('fig7', 'rl', 'target', 'OOD', 'n'))
 
-# %% ../nbs/07_claims.ipynb #c58c7b92
+# %% ../nbs/07_claims.ipynb #4d61de99
 @measure
 def contest(get, cfg, record, path, every) -> dict:
     "The decisive test of a family."
@@ -462,7 +476,8 @@ def contest(get, cfg, record, path, every) -> dict:
     worst, best = (f(tests, key=lambda t: t['gain']) for f in (min, max))
     clear = worst if lost and not won else (worst if every else best) if won and not lost and (len(won) == len(tests) or not every) else None
     shown = clear or (worst if every else best)
-    return dict(value=shown['gain'], p=shown['holm'] if clear else 1., here=', '.join(f"{100*t['gain']:+.1f}" for t in tests) + ' points', control=f"{shown['n01']} hands won, {shown['n10']} lost")
+    gains = [told(t['gain'], 'points').removesuffix(' points') for t in tests]
+    return dict(value=shown['gain'], p=shown['holm'] if clear else 1., here=', '.join(gains) + ' points', control=f"{shown['n01']} hands won, {shown['n10']} lost")
 
 # %% ../nbs/07_claims.ipynb #b2ccac47
 @measure
@@ -473,7 +488,7 @@ def random_rotation(get, cfg) -> dict:
     best = max(found, key=lambda r: r['lo'])
     return dict(value=best['lo'], n=len(found), here=f"at most {told(best['value'], 'share')} ({interval(best, 'share')})")
 
-# %% ../nbs/07_claims.ipynb #9efca204
+# %% ../nbs/07_claims.ipynb #40545dc5
 @measure
 def id_spread(get, cfg) -> dict:
     "Change of ID accuracy with a fifth of the ranks over that with all."
@@ -490,6 +505,7 @@ def few_suffice(get, cfg) -> dict:
     more = dict(n=get('fig6', 'peak', 'target', 'OOD', 'n'), null=.2, here=f"{told(part['value'], 'share')} of {told(whole['value'], 'share')}")
     return {k: part[k]/whole['value'] for k in ('value', 'lo', 'hi')} | more
 
+# %% ../nbs/07_claims.ipynb #09559844
 @measure
 def more_is_better(get, cfg) -> dict:
     "Kendall's tau of OOD accuracy and share of ranks."
@@ -498,17 +514,18 @@ def more_is_better(get, cfg) -> dict:
     test = stats.kendalltau(list(rates), list(rates.values()))
     return dict(value=float(test.statistic), p=float(test.pvalue), n=len(rates), here=f'{test.statistic:.2f} over {len(rates)} shares')
 
-# %% ../nbs/07_claims.ipynb #dea4ff03
+# %% ../nbs/07_claims.ipynb #bcaa830b
 @measure
 def drifts(get, cfg) -> dict:
     "Share of groups of updates that drift along the gauge and spare singular values, beyond chance."
-    each = {True: [], False: []} # with the freedom to drift, and without
-    for _, rs in theory.groups(dict(blocks=get('figA', 'blocks'), updates=get('figA', 'updates'))): each[rs[0]['kind'] in theory.FREE].append(sum(map(theory.prefers, rs)) >= len(rs)/2)
-    k, n = sum(each[True]), len(each[True])
-    if not n: raise Untestable('no chain with the freedom to drift has changed')
-    return dict(value=k/n, lo=float(k == n), hi=float(k > 0), n=n, here=f'in {k} of {n} groups', null=sum(each[False])/max(1, len(each[False])))
+    groups = theory.groups(dict(blocks=get('figA', 'blocks'), updates=get('figA', 'updates')))
+    half = lambda rs: sum(map(theory.prefers, rs)) >= len(rs)/2
+    free, wide = ([half(rs) for _, rs in groups if (rs[0]['kind'] in theory.FREE) == yes] for yes in (True, False))
+    if not free: raise Untestable('no chain with the freedom to drift has changed')
+    k, n = sum(free), len(free)
+    return dict(value=k/n, lo=float(k == n), hi=float(k > 0), n=n, here=f'in {k} of {n} groups', null=sum(wide)/max(1, len(wide)))
 
-# %% ../nbs/07_claims.ipynb #2bebef07
+# %% ../nbs/07_claims.ipynb #80e234d9
 def _order(f) -> float: return math.log10(f(1e-4)/f(1e-5))
 def _eta(order) -> str: return {1: 'η', 2: 'η²'}[round(order)]
 
@@ -525,27 +542,30 @@ def cost_orders(get, cfg) -> dict:
     turn, stretch = (_order(f) for f in (lambda e: ((e*A @ W1)**2).sum() + ((e*W2 @ A)**2).sum(), lambda e: (((U*e*s) @ Vt)**2).sum()))
     return dict(value=turn - stretch, here=f'both {_eta(turn)}' if round(turn) == round(stretch) else f'{_eta(turn)} and {_eta(stretch)}')
 
+# %% ../nbs/07_claims.ipynb #127e7ba6
 @measure
 def printed_order(get, cfg) -> dict:
     "Order of the change of the function under the update as printed."
     W1, W2, A = _square_chain()
-    wrong, right = (_order(lambda e: np.linalg.norm(f(e) - W2 @ W1)) for f in (lambda e: (W2 - e*A @ W2) @ (W1 + e*W1 @ A), lambda e: (W2 - e*W2 @ A) @ (W1 + e*A @ W1)))
+    left = lambda new: _order(lambda e: np.linalg.norm(new(e) - W2 @ W1))
+    wrong, right = left(lambda e: (W2 - e*A @ W2) @ (W1 + e*W1 @ A)), left(lambda e: (W2 - e*W2 @ A) @ (W1 + e*A @ W1))
     return dict(value=wrong, here=f'changes with {_eta(wrong)}; in the right order with {_eta(right)}')
 
-# %% ../nbs/07_claims.ipynb #2c73d365
+# %% ../nbs/07_claims.ipynb #1bd12e45
 def at_seed(c:dict,       # a claim
             records:dict, # what makes records
             get, cfg      # `Records` of the seed
     ) -> dict:            # seed, verdict, commands; value, lo, hi, n, p, here, parts, null, chance; or why
     "A claim at one seed."
     get.asked.clear()
+    make = lambda names: [command(records, n, cfg.name, get.seed) for n in names]
     try: m = MEASURES[c['measure']](get, cfg, **c['args'])
-    except Absent as e: return dict(seed=get.seed, verdict='not run', why=e.args[1], commands=[command(records, e.args[0], cfg.name, get.seed)])
-    except Untestable as e: return dict(seed=get.seed, verdict='not testable here', why=str(e), commands=[command(records, n, cfg.name, get.seed) for n in get.asked])
+    except Absent as e: return dict(seed=get.seed, verdict='not run', why=e.args[1], commands=make(e.args[:1]))
+    except Untestable as e: return dict(seed=get.seed, verdict='not testable here', why=str(e), commands=make(get.asked))
     chance = m.get('null') is not None and _inside(c['test'], m['null'])
-    return dict(seed=get.seed, **m, verdict=judge(c['test'], m), chance=bool(chance), commands=[command(records, n, cfg.name, get.seed) for n in get.asked])
+    return dict(seed=get.seed, **m, verdict=judge(c['test'], m), chance=bool(chance), commands=make(get.asked))
 
-# %% ../nbs/07_claims.ipynb #f67f71b8
+# %% ../nbs/07_claims.ipynb #e0f86fb4
 def shown(found:list, # of `at_seed`, measured
           o:dict,     # of `over_seeds`
           unit:str
@@ -560,19 +580,21 @@ def _parts(found, key, unit) -> str:
     names = dict.fromkeys(k for f in found for k in f[key])
     return ', '.join(f'{k} {told(fmean(f[key][k] for f in found if k in f[key]), unit)}' for k in names)
 
+# %% ../nbs/07_claims.ipynb #1cb9f44b
 def beside(found:list, unit:str) -> str: # as in `shown`
     "What the control gave."
     if 'nulls' in found[0]: return _parts(found, 'nulls', unit)
     nulls = [f['null'] for f in found if f.get('null') is not None]
     return told(fmean(nulls), unit) if nulls else found[0].get('control', '') if len(found) == 1 else ''
 
+# %% ../nbs/07_claims.ipynb #213b1ba9
 def judge_claim(c:dict, records:dict, # as in `at_seed`
                 cfg, gets:list,       # `Records` of each seed
                 conf:float=.95
     ) -> dict:                        # see `judge_claims`
     "A claim at every seed, and what they say together."
-    told_of = {k: c[k] for k in ('id', 'at', 'claim', 'paper', 'quantity', 'fixed')} | dict(control=c.get('control', ''), threshold=threshold(c['test'], c.get('unit', '')))
-    out = told_of | dict(each=[], seeds=[], here='', interval='', beside='', verdict='not testable here', why=c.get('why', ''))
+    out = {k: c.get(k, '') for k in ('id', 'at', 'claim', 'paper', 'quantity', 'control', 'fixed')} | dict(threshold=threshold(c['test'], c.get('unit', '')))
+    out |= dict(each=[], seeds=[], over=None, n=None, here='', interval='', beside='', chance=False, verdict='not testable here', why=c.get('why', ''))
     if c['test']['kind'] == 'none': return out
     out['each'] = each = [at_seed(c, records, get, cfg) for get in (gets[:1] if c.get('once') else gets)]
     found = [e for e in each if 'value' in e]
@@ -582,7 +604,7 @@ def judge_claim(c:dict, records:dict, # as in `at_seed`
     return out | dict(why='', seeds=[] if c.get('once') else [e['seed'] for e in found], over=o, n=found[0].get('n'), here=text, interval=span,
                       beside=beside(found, c['unit']), chance=all(e['chance'] for e in found), verdict=o['verdict'])
 
-# %% ../nbs/07_claims.ipynb #b1a9ff14
+# %% ../nbs/07_claims.ipynb #fc5163b3
 def judge_claims(cfg, seeds:list # of `load_params`; whose records are judged
     ) -> dict:                   # model, seeds, conf, sections, tests, claims, numbers, sweep, files, stages
     "Every claim, in the order of the paper."
@@ -591,14 +613,14 @@ def judge_claims(cfg, seeds:list # of `load_params`; whose records are judged
     read = [f for get in gets for f in get.files.values()]
     stages = {n: s for f in read for n, s in f['record'].get('stages', {}).items()}
     return dict(model=cfg.name, seeds=list(seeds), conf=t['conf'], sections=t['sections'], tests=t['tests'], claims=claims, **own_numbers(t['numbers']),
-                files={f['path'].name: f['sha256'] for f in read}, stages=stages)
+                files={f['path'].name: f['sha256'] for f in sorted(read, key=lambda f: f['path'])}, stages=stages)
 
 def tally(record:dict) -> dict: # verdict -> number of claims
     "How often each verdict was given."
     given = [c['verdict'] for c in record['claims']]
     return {v: given.count(v) for v in VERDICTS if v in given}
 
-# %% ../nbs/07_claims.ipynb #510b93a5
+# %% ../nbs/07_claims.ipynb #eafdfe8e
 def verdict_text(c:dict) -> str: # of `judge_claims`
     "The verdict with what qualifies it."
     if c['verdict'] == 'not run': return f"not run: `{c['each'][0]['commands'][0]}`"
@@ -611,12 +633,13 @@ def here_text(c:dict) -> str:
     text = c['here'] + (f" ({c['interval']})" if c['interval'] else '')
     return text + (f", {agree} of {len(c['seeds'])} seeds" if len(c['seeds']) > 1 else '')
 
+# %% ../nbs/07_claims.ipynb #282347c1
 def to_markdown(record:dict) -> Markdown: # of `judge_claims`
     "The table of claims."
-    lines, section = [('the paper says', 'its numbers', 'here', 'verdict'), ['---']*4], ''
+    lines, section = [('the paper says', 'verdict', 'here', 'its numbers'), ['---']*4], ''
     for c in record['claims']:
         if (now := c['at'][0]) != section: lines.append((f"**{record['sections'][now]}**", '', '', '')); section = now
-        lines.append([' ' if not x else _cell(x) for x in (c['claim'], c['paper'], here_text(c), verdict_text(c))])
+        lines.append([' ' if not x else _cell(x) for x in (c['claim'], verdict_text(c), here_text(c), c['paper'])])
     return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
 
 def table(model:str='tiny', overrides:dict=None) -> Markdown:
@@ -650,14 +673,16 @@ def needed_paired(p:float, q:float, apart:float, power:float=.8, alpha:float=.05
     d = abs(p - q)
     return math.ceil((za*math.sqrt(apart) + zb*math.sqrt(max(apart - d*d, 0)))**2/d**2)
 
-# %% ../nbs/07_claims.ipynb #7f3337ab
-def one_number(a:int, b:int, n:int, power:float, alpha:float) -> dict: # difference, lo, hi, fisher, boschloo, at_best, needed, needed_paired, needed_at_best, verdict
+# %% ../nbs/07_claims.ipynb #88cbcc8e
+@lru_cache(None)
+def one_number(a:int, b:int, n:int, power:float, alpha:float
+    ) -> dict: # difference, lo, hi; p: fisher, boschloo, at_best; hands: needed, needed_paired, needed_at_best; verdict
     "What two counts of one size say."
     square, (lo, hi), p, q = [[a, n - a], [b, n - b]], newcombe(a, b, n), a/n, b/n
-    fisher = float(stats.fisher_exact(square)[1])
-    sizes = dict(needed=needed(p, q, power, alpha), needed_paired=needed_paired(p, q, p + q - 2*p*q, power, alpha), needed_at_best=needed_paired(p, q, abs(p - q), power, alpha))
-    return dict(difference=q - p, lo=lo, hi=hi, fisher=fisher, boschloo=float(stats.boschloo_exact(square).pvalue), at_best=at_best(a, b), **sizes,
-                verdict='exceeds chance' if fisher < alpha else 'within noise')
+    paired = lambda apart: needed_paired(p, q, apart, power, alpha)
+    fisher, boschloo = float(stats.fisher_exact(square)[1]), float(stats.boschloo_exact(square).pvalue)
+    return dict(difference=q - p, lo=lo, hi=hi, fisher=fisher, boschloo=boschloo, at_best=at_best(a, b), needed=needed(p, q, power, alpha),
+                needed_paired=paired(p + q - 2*p*q), needed_at_best=paired(abs(p - q)), verdict='exceeds chance' if fisher < alpha else 'within noise')
 
 def own_numbers(t:dict # `numbers` of params/claims.yaml
     ) -> dict:         # numbers: rows; sweep: the authors' sweep over starts
@@ -666,15 +691,16 @@ def own_numbers(t:dict # `numbers` of params/claims.yaml
     rows = [r | dict(holm=p) for r, p in zip(rows, holm([r['fisher'] for r in rows]))]
     before, after = zip(*[v for step, v in AUTHORS.items() if step])
     gains = [y - x for x, y in zip(before, after)]
-    rho = stats.spearmanr(before, after)
-    up, down = sum(g > 0 for g in gains), sum(g < 0 for g in gains)
-    return dict(numbers=rows, sweep=dict(starts=len(gains), rho=float(rho.statistic), p=float(rho.pvalue), mean=fmean(gains), up=up, down=down, p_sign=float(stats.binomtest(up, up + down).pvalue)))
+    rho, up, down = stats.spearmanr(before, after), sum(g > 0 for g in gains), sum(g < 0 for g in gains)
+    sweep = dict(starts=len(gains), rho=float(rho.statistic), p=float(rho.pvalue), mean=fmean(gains), up=up, down=down)
+    return dict(numbers=rows, sweep=sweep | dict(p_sign=float(stats.binomtest(up, up + down).pvalue)))
 
-# %% ../nbs/07_claims.ipynb #058f212f
+# %% ../nbs/07_claims.ipynb #c874713c
 def numbers_markdown(record:dict) -> Markdown: # of `own_numbers`
     "The paper's differences as a table."
-    lines = [('the paper\'s difference', 'counts of 234', 'points', '95 % interval', 'Fisher p', 'Holm', 'Boschloo p', 'p at best, paired', 'hands needed', 'the same, paired', 'verdict'), ['---']*11]
-    for r in record['numbers']:
-        points, span = told(r['difference'], 'points').removesuffix(' points'), interval(r, 'points').removesuffix(' points')
-        lines.append([r['what'], f"{r['a']} to {r['b']}", points, span, *(f'{r[k]:.2g}' for k in ('fisher', 'holm', 'boschloo', 'at_best')), f"{r['needed']:,}", f"{r['needed_at_best']:,} to {r['needed_paired']:,}", r['verdict']])
-    return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
+    head = 'difference, counts of 234, points, 95 % interval, Fisher p, Holm, Boschloo p, p at best if paired, hands needed, the same hands, verdict'.split(', ')
+    bare = lambda text: text.removesuffix(' points')
+    def row(r):
+        ps, paired = [f'{r[k]:.2g}' for k in ('fisher', 'holm', 'boschloo', 'at_best')], f"{r['needed_at_best']:,} to {r['needed_paired']:,}"
+        return [r['what'], f"{r['a']} to {r['b']}", bare(told(r['difference'], 'points')), bare(interval(r, 'points')), *ps, f"{r['needed']:,}", paired, r['verdict']]
+    return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in [head, ['---']*len(head), *map(row, record['numbers'])]))

@@ -348,7 +348,7 @@ def save_record(name:str, # as in `save_figure`
     _tell('figures', path)
     return path
 
-# %% ../nbs/core.ipynb #f2bebdb0
+# %% ../nbs/core.ipynb #22016a84
 def wilson(k,             # successes, 0..n
            n,             # trials
            conf:float=.95 # between 0 and 1
@@ -358,7 +358,8 @@ def wilson(k,             # successes, 0..n
     if n == 0: return 0., 1.
     z, p = statistics.NormalDist().inv_cdf(.5 + conf/2), k/n
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))
-    return max(0., (mid - half)/(1 + z*z/n)), min(1., (mid + half)/(1 + z*z/n))
+    lo, hi = (mid - half)/(1 + z*z/n), (mid + half)/(1 + z*z/n)
+    return lo if k else 0., hi if k < n else 1.
 
 # %% ../nbs/core.ipynb #b4a5c553
 def mcnemar(a,           # (n,) bool, first model right

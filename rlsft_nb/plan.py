@@ -6,7 +6,8 @@
 __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'KERNELS', 'SBATCH', 'MANY', 'config_of', 'idle', 'Sizes', 'sizes',
            'Lengths', 'lengths', 'layer_bytes', 'sft_memory', 'update_memory', 'rollout_memory', 'score_memory',
            'spectra_memory', 'needed', 'memory', 'host_gib', 'advice', 'TooLarge', 'check_fits', 'sft_hours',
-           'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'cells_of', 'table', 'report', 'slurm', 'main']
+           'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'cells_of', 'table', 'report', 'overrides_of',
+           'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
 import argparse, json, math, shlex, sys
@@ -77,7 +78,7 @@ def sizes(cfg) -> Sizes:
     config = config_of(cfg)
     return _sizes(config.to_json_string(use_diff=False), cfg.model.path or cfg.name)
 
-# %% ../nbs/plan.ipynb #3b098d17
+# %% ../nbs/plan.ipynb #64743c26
 class Lengths(NamedTuple):
     "Tokens."
     prompt:int
@@ -92,7 +93,7 @@ def lengths(cfg) -> Lengths:
     said = answer(hand, '11-12-13', solve(values(hand, '11-12-13'))[0])
     texts = [prompt(hand, '11-12-13')[0]['content'], said, feedback_turn(verify(said, hand))['content']]
     if cfg.model.source == 'embedded': p, a, f = 24, 32, 12
-    else: p, a, f = [math.ceil(len(t)/2.2) + 40*(i != 1) for i, t in enumerate(texts)]
+    else: p, a, f = [math.ceil(len(t)/each) + more for t, each, more in zip(texts, (2.5, 1.6, 2.5), (40, 0, 40))]
     return Lengths(p, a, f, p + a, p + cfg.game.attempts*(cfg.eval.max_new_tokens + f))
 
 # %% ../nbs/plan.ipynb #7e7f29f9
@@ -266,7 +267,15 @@ def report(cfg, n:int, gib:float) -> str:
     out.append(f"{'all':<80}{sum(r['hours'] for r in table(cfg, n, gib)):7.2f} h")
     return '\n'.join([*out, '\nMemory is for hands with every attempt at the length limit. Hours are estimates for H100 cards at assumed shares of their peak (nbs/plan.ipynb), not measurements.'])
 
-# %% ../nbs/plan.ipynb #65ae7b83
+# %% ../nbs/plan.ipynb #a39aa3fb
+def _changed(new, old): # the keys of `new` that differ from `old`, nested
+    return {k: _changed(v, old[k]) if isinstance(v, dict) else v for k, v in new.items() if k != 'name' and v != old[k]}
+
+def overrides_of(cfg) -> str: # YAML, one line
+    "What makes `cfg` out of its model's file."
+    return yaml.safe_dump(_changed(cfg, load_params(cfg.name)), default_flow_style=True, width=10**6).strip()
+
+# %% ../nbs/plan.ipynb #ad0238c6
 SBATCH = '''#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --account={account}
@@ -294,13 +303,13 @@ def slurm(cfg, nodes:int=1, per_node:int=4, account:str='ACCOUNT', partition:str
     "A script for sbatch that makes all stages of a model."
     n, has = nodes*per_node, cfg.needs.gpus > 0
     over = _with(cfg, dict(launch=dict(processes=per_node)))
-    from_file = yaml.safe_dump(dict(launch=dict(processes=per_node)), default_flow_style=True, width=10**6).strip()
+    given = overrides_of(over)
     words = ['accelerate', 'launch', '--config_file', f'params/accelerate/{cfg.launch.config}.yaml', '--num_machines', '$SLURM_NNODES', '--machine_rank', '$SLURM_NODEID', '--num_processes', str(n),
-             '--main_process_ip', '$MASTER_ADDR', '--main_process_port', '29500', '--rdzv_backend', 'c10d', '-m', 'rlsft_nb.sft', '--model', cfg.name, '--seed', str(seed)]
+             '--main_process_ip', '$MASTER_ADDR', '--main_process_port', '29500', '--rdzv_backend', 'c10d', '-m', '--', 'rlsft_nb.sft', '--model', cfg.name, '--seed', str(seed), '--overrides', shlex.quote(given)]
     hours = 2*sum(r['hours'] for r in table(over, per_node, 80)) + 1
-    return SBATCH.format(name=f'rlsft-{cfg.name}', account=account, partition=partition, nodes=nodes, gpus=f'\n#SBATCH --gpus-per-node={per_node}' if has else '', cpus=4*per_node,
+    return SBATCH.format(name=f'rlsft-{cfg.name}', account=account, partition=partition, nodes=nodes, gpus=f'\n#SBATCH --gpus-per-node={per_node}' if has else '', cpus=4*per_node if has else max(per_node, cfg.workers),
         mem=math.ceil(max(host_gib(cfg, s, per_node) for s in STAGES)*1.2), time=_time(hours), root=shlex.quote(str(ROOT)), bin=shlex.quote(str(Path(sys.executable).parent)),
-        sft=MANY.format(launch=shlex.quote(' '.join(words))) if nodes > 1 else '', model=cfg.name, seed=seed, overrides=shlex.quote(f'overrides: {from_file}'))
+        sft=MANY.format(launch=shlex.quote(' '.join(words))) if nodes > 1 else '', model=cfg.name, seed=seed, overrides=shlex.quote(f'overrides: {given}'))
 
 # %% ../nbs/plan.ipynb #c0228027
 def main(argv:list=None) -> int: # exit code; 1 where something does not fit

@@ -6,23 +6,22 @@
 __all__ = ['MARK', 'AUTHORS', 'Trace', 'tail_ids', 'extend', 'rollout', 'Bank', 'Player', 'rl_hands', 'attach', 'collate',
            'action_logp', 'gae', 'credit_turns', 'ppo_loss', 'TrainingError', 'recall', 'normalise', 'micro_loss',
            'step', 'update', 'played', 'setup', 'accelerator', 'export', 'keep_state', 'resume', 'read_log',
-           'play_and_learn', 'check_ppo', 'train_ppo', 'rl_stage', 'score_stage', 'starts', 'sweep_item', 'sweep_stage',
-           'policy', 'named', 'main', 'fig_sweep', 'sweep_rows', 'sweep_command', 'table', 'spearman', 'verdicts']
+           'set_rates', 'chance', 'play_update', 'play_and_learn', 'check_ppo', 'train_ppo', 'rl_stage', 'score_stage',
+           'starts', 'sweep_item', 'sweep_stage', 'policy', 'named', 'main', 'fig_sweep', 'sweep_rows', 'sweep_command',
+           'table', 'spearman', 'verdicts']
 
-# %% ../nbs/03_ppo.ipynb #f0c582dd
-import argparse, json, math, os, random, shutil, sys, time
+# %% ../nbs/03_ppo.ipynb #ca113a01
+import json, math, os, random, shutil, sys, time
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from itertools import permutations
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from fastcore.basics import patch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -30,7 +29,8 @@ from transformers.cache_utils import Cache
 
 from .core import ParamError, Problem, Stage, _tell, atomic_write, load_params, map_items, mcnemar, read_json, run_stage, threads, write_json
 from .game import OUTCOMES, deal, feedback_turn, multisets, prompt, verify
-from .models import ModelError, _until_stop, clusters, device, encode, load_lm, save_lm, score, stop_ids
+from .launch import freeze_idle, gathered, keep_fp32, options, resolved, run_on_many, tell
+from .models import ModelError, _until_stop, clusters, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, world
 from .sft import curve_stage, decides, kept, sft_stage
 from . import sft
 
@@ -384,13 +384,11 @@ def played(acc, traces:list, stops:list) -> dict:
     by_turn = ('length', 'cut', *OUTCOMES)
     return {k: v if k == 'hands' else v/s['turns' if k in by_turn else 'hands'] for k, v in s.items()} | dict(tokens=s['length'])
 
-# %% ../nbs/03_ppo.ipynb #ddbab9d9
+# %% ../nbs/03_ppo.ipynb #ebc6678c
 def setup(acc, cfg, start:str, seed:int) -> tuple: # model and optimizer as prepared by accelerate, tok, reference model or None
     "The policy with its value head, ready to train."
     lm, tok = load_lm(start, cfg, 'cpu', cfg.model.dtype)
-    p, cross = cfg.ppo, getattr(lm.config.get_text_config(), 'cross_attention_layers', None) or []
-    idle = ('vision_model.', 'multi_modal_projector.', *(f'language_model.layers.{i}.' for i in cross)) # no part in text
-    for name, w in attach(lm, seed).named_parameters(): w.requires_grad_(not any(i in name for i in idle))
+    p, lm = cfg.ppo, freeze_idle(attach(lm, seed))
     if p.checkpointing: lm.gradient_checkpointing_enable()
     ref = attach(load_lm(start, cfg, acc.device, cfg.model.dtype)[0]) if p.kl_coef else None
     trunk = [w for n, w in lm.named_parameters() if w.requires_grad and not n.startswith('value_head.')]
@@ -400,25 +398,16 @@ def setup(acc, cfg, start:str, seed:int) -> tuple: # model and optimizer as prep
 
 def accelerator(cfg) -> Accelerator:
     "One process here, as many as `accelerate launch` started there."
-    acc = Accelerator(cpu=device(cfg) == 'cpu')
+    acc = keep_fp32(Accelerator(cpu=device(cfg) == 'cpu'))
+    if acc.distributed_type.value == 'DEEPSPEED': raise ParamError("launch.config: DeepSpeed would step at every backward pass of PPO; expected 'fsdp2'")
     acc.gradient_accumulation_steps = 1 # `step` adds up micro-batches itself
-    plugin = getattr(acc.state, 'fsdp_plugin', None)
-    if plugin and acc.mixed_precision == 'bf16': # accelerate's own policy rounds log-probabilities to bf16
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     return acc
 
-# %% ../nbs/03_ppo.ipynb #212f96cf
+# %% ../nbs/03_ppo.ipynb #9cca25b9
 def export(acc, model, tok, folder) -> Path:
     "Saves the policy as a plain checkpoint of its stock class, and the value head beside it."
-    weights, lm = acc.get_state_dict(model), acc.unwrap_model(model)
-    if acc.is_main_process:
-        head = {k.removeprefix('value_head.'): weights.pop(k).contiguous() for k in [*weights] if k.startswith('value_head.')}
-        with torch.device('meta'): plain = lm.stock(lm.config)
-        plain.load_state_dict(weights, strict=False, assign=True)
-        plain.tie_weights()
-        assert not any(p.is_meta for p in plain.parameters())
-        plain.generation_config = lm.generation_config
-        atomic_write(save_lm(plain, tok, folder)/'value_head.safetensors', save(head))
+    plain, extra = gathered(acc, model, acc.unwrap_model(model).stock)
+    if plain: atomic_write(save_lm(plain, tok, folder)/'value_head.safetensors', save({k.removeprefix('value_head.'): w.contiguous() for k, w in extra.items()}))
     acc.wait_for_everyone()
     return Path(folder)
 
@@ -453,22 +442,35 @@ def read_log(folder) -> list: # of dicts, one an update
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(l) for l in lines if l.endswith('}\n')]
 
-# %% ../nbs/03_ppo.ipynb #8dad6950
-def play_and_learn(acc, model, opt, tok, ref, cfg, seed:int, u:int) -> dict: # the log's line
-    "One update: deal, play, learn."
-    p, lm, rank, start = cfg.ppo, acc.unwrap_model(model), acc.process_index, time.perf_counter()
+# %% ../nbs/03_ppo.ipynb #b5a295e7
+def set_rates(opt, p, u:int) -> float: # share of the rates left at update `u`
+    "Sets the rates of an update along the cosine."
     fall = p.lr_end + (1 - p.lr_end)*(1 + math.cos(math.pi*(u - 1)/p.updates))/2
     for g in opt.param_groups: g['lr'] = g['top']*fall
-    chance = lambda what: random.Random(f'{seed} {u} {rank} {what}')
+    return fall
+
+def chance(acc, seed:int, u:int, what:str) -> random.Random:
+    "The source of chance for one purpose, update and process."
+    return random.Random(f'{seed} {u} {acc.process_index} {what}')
+
+def play_update(acc, lm, tok, cfg, seed:int, u:int) -> list: # of `Trace`
+    "The hands of one update, played by this process."
     most = lambda n: n if acc.num_processes == 1 else int(acc.gather(torch.tensor([n], device=acc.device)).max())
-    model.eval()
-    stops, hands, traces = stop_ids(lm, tok), rl_hands(cfg, seed, u)[rank::acc.num_processes], []
+    stops, hands, traces = stop_ids(lm, tok), rl_hands(cfg, seed, u)[acc.process_index::acc.num_processes], []
     for i in range(0, len(hands), cfg.eval.batch):
-        ask = Player(lm, tok, cfg.eval.max_new_tokens, p.temperature, chance(f'sampling {i}').getrandbits(31), most)
+        draw = chance(acc, seed, u, f'sampling {i}').getrandbits(31)
+        ask = Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature, draw, most)
         traces += rollout(ask, tok, stops, hands[i:i + cfg.eval.batch], cfg.game, most)
+    return traces
+
+def play_and_learn(acc, model, opt, tok, ref, cfg, seed:int, u:int) -> dict: # the log's line
+    "One update: deal, play, learn."
+    p, lm, start, fall = cfg.ppo, acc.unwrap_model(model), time.perf_counter(), set_rates(opt, cfg.ppo, u)
+    model.eval()
+    traces = play_update(acc, lm, tok, cfg, seed, u)
     middle = time.perf_counter()
-    learned, seen = update(acc, model, opt, traces, p, tok.pad_token_id, chance('order'), ref), played(acc, traces, stops)
-    end = time.perf_counter()
+    learned = update(acc, model, opt, traces, p, tok.pad_token_id, chance(acc, seed, u, 'order'), ref)
+    seen, end = played(acc, traces, stop_ids(lm, tok)), time.perf_counter()
     return dict(update=u, **seen, **learned, lr=p.lr*fall, tokens_s=seen['tokens']/(end - start), rollout_s=middle - start, update_s=end - middle)
 
 # %% ../nbs/03_ppo.ipynb #44b72f2e
@@ -526,21 +528,20 @@ def _bar(acc, start, done, updates):
         bar.set_postfix(newest)
         _tell('progress', f'ppo {start}: {u}/{updates}, ' + ', '.join(' '.join(x) for x in newest.items()))
 
-# %% ../nbs/03_ppo.ipynb #22c62771
+# %% ../nbs/03_ppo.ipynb #289163f4
 def _rl(cfg): return {k: v for k, v in cfg.ppo.items() if k not in ('between', 'sweep_seeds')} # which starts is no part of a run
 
 def rl_stage(cfg, step:int, # a kept step of SFT
              seed:int=0
     ) -> Stage:
     "RL from one SFT checkpoint, made if needed; under `accelerate launch` by all processes together."
-    up, world = Stage('sft', cfg.name, decides(cfg), seed=seed, notebook='02_sft.ipynb'), int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1: up.results() # SFT has its own launch
+    up = Stage('sft', cfg.name, decides(cfg), seed=seed, notebook='02_sft.ipynb')
+    if world() > 1: up.results() # SFT has its own launch
     at = kept(cfg, seed)
     if step not in at: raise ParamError(f'start={step}: SFT kept the steps {sorted(at)}')
     asked = dict(tokens=cfg.eval.max_new_tokens, batch=cfg.eval.batch)
     st = Stage('ppo', cfg.name, dict(ppo=_rl(cfg), game=cfg.game, asked=asked, start=step), [sft_stage(cfg, seed)], seed, '03_ppo.ipynb')
-    if not st.done and int(os.environ.get('RANK', 0)): train_ppo(cfg, at[step], st.path, seed); return st
-    return run_stage(st, lambda folder: train_ppo(cfg, at[step], folder, seed), cfg)
+    return run_on_many(st, lambda folder: train_ppo(cfg, at[step], folder, seed), cfg, 'ppo', start=step, seed=seed)
 
 def score_stage(cfg, step:int, seed:int=0) -> Stage: # results: cell -> record
     "What RL made of one start, on test hands in and out of distribution."
@@ -557,7 +558,7 @@ def starts(curve:dict,  # results of `curve_stage`
     wanted = [2*peak/3, peak, *(peak + (end - peak)*i/(between + 1) for i in range(1, between + 1)), end]
     return sorted({near(x) for x in wanted})
 
-# %% ../nbs/03_ppo.ipynb #951edbae
+# %% ../nbs/03_ppo.ipynb #8e94852e
 def sweep_item(cfg, step:int, seed:int) -> dict: # step, before, after, log
     "RL from one start, scored before and after; a worker function."
     after, before = score_stage(cfg, step, seed).results(), score(kept(cfg, seed)[step], cfg, 'test', ['ID', 'OOD'], cfg.game.attempts)
@@ -569,7 +570,7 @@ def sweep_stage(cfg, seed:int=0) -> Stage:
     steps = starts(up.results(), cfg.ppo.between)
     st = Stage('ppo-sweep', cfg.name, dict(ppo=_rl(cfg), game=cfg.game, eval=cfg.eval, starts=steps), [up], seed, '03_ppo.ipynb')
     items = {f'step-{s}': (cfg, s, seed) for s in reversed(steps)} # late starts take longest
-    return run_stage(st, lambda folder: dict(points=[*map_items('ppo.sweep_item', items, folder/'points', cfg.workers, 'ppo').values()][::-1]), cfg)
+    return run_stage(st, lambda folder: dict(points=[*map_items('ppo.sweep_item', items, folder/'points', 1 if cfg.launch.processes > 1 else cfg.workers, 'ppo').values()][::-1]), cfg)
 
 def policy(cfg, step:int, seed:int=0) -> Path: # a checkpoint
     "What RL made of a kept step of SFT."
@@ -579,25 +580,24 @@ def named(cfg, seed:int=0) -> dict: # base, peak, end and rl -> folder or model 
     "The checkpoints that later stages speak of; rl starts from the end."
     return sft.named(cfg, seed) | dict(rl=str(policy(cfg, curve_stage(cfg, seed).results()['end'], seed)))
 
-# %% ../nbs/03_ppo.ipynb #506dd068
+# %% ../nbs/03_ppo.ipynb #fa795df8
 def main(argv:list=None) -> int: # exit code
     "Trains from one start: `python -m rlsft_nb.ppo --model tiny [--start STEP] [--seed N] [--overrides YAML]`."
-    p = argparse.ArgumentParser(prog='python -m rlsft_nb.ppo', description=__doc__)
-    p.add_argument('--model', default='tiny', help='a file in params/')
+    p = options('ppo', 'PPO from a kept step of SFT; goes on where a killed run stopped.')
     p.add_argument('--start', type=int, help='a kept step of SFT; the last where absent')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--overrides', default='{}', help="keys of params/base.yaml to change, such as '{ppo: {updates: 2}}'")
     args = p.parse_args(argv)
     try:
-        cfg = load_params(args.model, yaml.safe_load(args.overrides))
-        check_ppo(cfg, int(os.environ.get('WORLD_SIZE', 1)))
-        print(rl_stage(cfg, cfg.sft.checkpoints[-1] if args.start is None else args.start, args.seed).path/'policy')
-    except Problem as e: p.exit(1, f'{e}\n')
+        cfg = resolved(args)
+        check_ppo(cfg, world())
+        st = rl_stage(cfg, cfg.sft.checkpoints[-1] if args.start is None else args.start, args.seed)
+    except Problem as e: tell(e); return 1
+    if not rank(): print(st.path/'policy')
+    leave()
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook
 
-# %% ../nbs/03_ppo.ipynb #fb606b69
+# %% ../nbs/03_ppo.ipynb #b6961eba
 AUTHORS = { # Llama, OOD in % by SFT step: before RL, after RL
     0: (0., 0.), 90: (13.68, 4.27), 140: (17.52, 8.55), 200: (15.81, 7.69), 300: (16.24, 8.12), 400: (11.54, 10.26), 500: (10.68, 15.38),
     600: (11.54, 13.25), 700: (10.26, 14.10), 800: (5.98, 9.40), 900: (5.13, 12.39), 1000: (5.98, 11.54), 1100: (6.92, 16.24),
@@ -615,7 +615,7 @@ def fig_sweep(sweep:dict, # results of `sweep_stage`
             y = [v['rate'] for v in r]
             ax.errorbar(x, y, [[v['rate'] - v['lo'] for v in r], [v['hi'] - v['rate'] for v in r]], color=c, marker='o', capsize=3, label=f'{when} RL')
         ax.set(title=f"{cell}, first attempt, n = {sweep['points'][0]['before'][cell]['n']:,}", xlabel='SFT step where RL starts', ylim=(0, None)); ax.legend(fontsize=8)
-    for i, (label, c) in enumerate((('before RL', '.4'), ('after RL', 'C3'))): axes[2].plot(AUTHORS, [v[i]/100 for v in AUTHORS.values()], color=c, marker='.', label=label)
+    for i, (label, c) in enumerate((('before RL', '.4'), ('after RL', 'C3'))): axes[2].plot(list(AUTHORS), [v[i]/100 for v in AUTHORS.values()], color=c, marker='.', label=label)
     axes[2].set(title='OOD within five, Llama-3.2-11B, n = 234\n(read off the authors\' figure)', xlabel='SFT step where RL starts', ylim=(0, None)); axes[2].legend(fontsize=8)
     fig.suptitle(title, y=1.06)
     return fig
@@ -660,7 +660,7 @@ def spearman(a:list, b:list) -> tuple: # rho, two-sided p over all permutations 
     rho = (ra@rb).item()/scale
     return rho, (got >= abs(rho)*scale - 1e-4).double().mean().item()
 
-# %% ../nbs/03_ppo.ipynb #d362d174
+# %% ../nbs/03_ppo.ipynb #9578f581
 def _row(a, b, by, sign=1): # records of the same cell, before and after, and its multisets
     m, gain = mcnemar(_hits(a), _hits(b), by), b['first']['rate'] - a['first']['rate']
     verdict = 'within noise' if m['p'] >= .01 else 'holds' if sign*gain > 0 else 'fails'
@@ -670,7 +670,7 @@ def _sweep_verdicts(sweep, peak, by): # the two claims that need several starts
     at = {p['step']: p for p in sweep['points']}
     rho, p = spearman(*([p[w]['OOD']['first']['rate'] for p in sweep['points']] for w in ('before', 'after')))
     return [dict(here=f'Spearman {rho:.2f} over {len(at)} starts', n=len(at), null=f'exact p = {p:.2g}', verdict='within noise' if p >= .05 else 'holds' if rho > 0 else 'fails'),
-            _row(at[peak]['before']['OOD'], at[peak]['after']['OOD'], by['OOD'])]
+            _row(at[peak]['before']['OOD'], at[peak]['after']['OOD'], by['OOD']) if peak in at else dict(here='the peak is before SFT, which is no start', verdict='not run')]
 
 def verdicts(scores:dict,     # stage -> record, as for figure 1
              sweep,           # results of `sweep_stage`, or None

@@ -7,8 +7,8 @@ __all__ = ['PAPER', 'expert_rows', 'answer_loss', 'trainer', 'train_sft', 'decid
            'curve_stage', 'named', 'main', 'named_stage', 'fig_curve', 'fig_stages', 'verdicts', 'forgetting',
            'seed_summary', 'seeds_stage', 'seeds_table']
 
-# %% ../nbs/02_sft.ipynb #ecc1561a
-import os, sys
+# %% ../nbs/02_sft.ipynb #f84794dd
+import sys
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from .core import ParamError, Problem, Stage, map_items, mcnemar, mean_spread, progress, read_json, run_stage, threads
 from .game import answer, dataset, hands, prompt, solve, values
-from .launch import freeze_idle, gather_head, keep_fp32, options, rank, resolved, run_on_many, save_together, tell, world
-from .models import cells, clusters, device, encode, load_lm, score, weights_id
+from .launch import freeze_idle, gather_head, keep_fp32, options, resolved, run_on_many, save_together, tell
+from .models import cells, clusters, device, encode, leave, load_lm, rank, score, weights_id, world
 
 # %% ../nbs/02_sft.ipynb #dbbaf8a4
 def expert_rows(cfg, seed:int): # datasets.Dataset: prompt and completion (chats), cards, rule, target
@@ -142,13 +142,14 @@ def named(cfg, seed:int=0) -> dict: # base, peak and end -> folder or model name
     r, at = curve_stage(cfg, seed).results(), kept(cfg, seed)
     return dict(base=at[0], peak=at[r['peak']], end=at[r['end']])
 
-# %% ../nbs/02_sft.ipynb #e67b20a0
+# %% ../nbs/02_sft.ipynb #a94c7b11
 def main(argv:list=None) -> int: # exit code
     "Fine-tunes: `python -m rlsft_nb.sft --model tiny [--seed N] [--overrides YAML]`."
     args = options('sft', 'Fine-tunes a model on expert answers; goes on where a killed run stopped.').parse_args(argv)
     try: st = sft_stage(resolved(args), args.seed)
     except Problem as e: tell(e); return 1
     if not rank(): print(st.path)
+    leave()
     return 0
 
 # %% ../nbs/02_sft.ipynb #38a388cb
@@ -190,8 +191,8 @@ def fig_curve(curve:dict, # results of `curve_stage`
     b.set(xlabel='SFT step', ylabel=f"share of {P[0]['test']['ID']['n']:,} hands", ylim=(0, 1.02)); b.legend(fontsize=8)
     return fig
 
-# %% ../nbs/02_sft.ipynb #1b5fe6e4
-PAPER = { # counts of 234 (audit of the authors' figure 1); peak is their checkpoint 140 or 120, end 1100 or 800
+# %% ../nbs/02_sft.ipynb #49ae6098
+PAPER = { # counts of 234 (read off the authors' figure 1); peak is their checkpoint 140 or 120, end 1100 or 800
     'Llama-3.2-11B': dict(ID=dict(peak=58, end=160, rl=168), OOD=dict(peak=41, end=21, rl=38)),
     'Qwen-2.5-7B': dict(ID=dict(peak=61, end=102, rl=95), OOD=dict(peak=46, end=40, rl=46))}
 

@@ -7,13 +7,15 @@ __all__ = ['CUT', 'NULLS', 'BYTES', 'GUIDE', 'RANGE', 'COLUMNS', 'READINGS', 'Sp
            'structural_zeros', 'principal_angles', 'overlap', 'nested_angles', 'overlaps', 'vector_angles', 'clusters',
            'cluster_angles', 'first_order', 'first_order_principal', 'random_angles', 'null_update', 'storage_noise',
            'bands', 'lead', 'compared', 'beyond', 'split_update', 'entry_masks', 'update_mask', 'ranks', 'measure',
-           'end_alignment', 'coded_rank', 'as_coded', 'open_weights', 'measure_pair', 'measure_ends', 'compare',
-           'summary', 'draw_values', 'draw_principal', 'draw_vectors', 'long_side', 'fig_pair', 'fig_overview',
-           'median_interval', 'against', 'headline', 'write_report', 'main', 'pairs', 'pair_stage', 'fig3', 'trimmed',
-           'values_part', 'angles_part', 'fig4', 'fig_law', 'fig_size', 'verdicts']
+           'end_alignment', 'full_precision', 'coded_rank', 'as_coded', 'open_weights', 'measure_pair', 'measure_ends',
+           'compare', 'summary', 'draw_values', 'draw_principal', 'draw_vectors', 'long_side', 'fig_pair',
+           'fig_overview', 'median_interval', 'against', 'headline', 'write_report', 'main', 'pairs', 'pair_stage',
+           'fig3', 'trimmed', 'values_part', 'angles_part', 'fig4', 'fig_law', 'fig_size', 'verdicts']
 
-# %% ../nbs/04_spectra.ipynb #685925d5
+# %% ../nbs/04_spectra.ipynb #ef97bddf
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import argparse, base64, hashlib, html, io, json, math, os, sys, zlib
@@ -365,9 +367,8 @@ def _first_order(W0, D, S0, g, ks) -> dict:
     for k in ks: curves |= {f'{side}{k}': c for side, c in zip(names, first_order_principal(S0.s, m, n, size, k, g)) if len(c)}
     return _degrees(curves)
 
-# %% ../nbs/04_spectra.ipynb #a9f5f10c
-def measure(W:Tensor,          # (m, n) float
-            W0:Tensor,         # (m, n), the reference
+# %% ../nbs/04_spectra.ipynb #6861db00
+def measure(W:Tensor, W0:Tensor, # (m, n) float; the second is the reference
             ks:list=(.25,),    # as in `ranks`
             null:str='shuffle',# 'shuffle' or 'orient'
             draws:int=5,       # of the null, at least 2
@@ -383,17 +384,21 @@ def measure(W:Tensor,          # (m, n) float
     S, p = decompose(A), len(S0.s)
     dead = int((torch.minimum(S.s, S0.s) <= 1e-12*S0.s[0]).sum()) # directions that a matrix of lower rank does not have
     ks, sides = sorted({lead(S0.s), *ranks(ks, p)}), overlaps(S, S0)
-    return out | dict(lead=lead(S0.s), dead=dead) | _values(S, S0, D, sides) | _angles(S, S0, D, ks, sides) | _judged(A, A0, D, S, S0, null, draws, g, ks, sides)
+    out |= dict(lead=lead(S0.s), dead=dead) | _values(S, S0, D, sides) | _angles(S, S0, D, ks, sides)
+    return out | _judged(A, A0, D, S, S0, null, draws, g, ks, sides)
 
+# %% ../nbs/04_spectra.ipynb #cc0d6187
 def _values(S, S0, D, sides) -> dict:
     "Singular values and their change; what the update is made of."
-    ds, sd = S.s - S0.s, singular_values(D)
+    ds, sd, tiny = S.s - S0.s, singular_values(D), 1e-300
     share = (sd**2).cumsum(0)/(sd**2).sum()
-    energy = {b: [float((x.s[at]**2).sum()/(x.s**2).sum().clamp(min=1e-300)) for x in (S0, S)] for b, at in bands(len(ds)).items()} # before, after
-    return dict(energy=energy, ds=_curve(ds), shift=float(ds.norm()/S0.s.norm()), largest=float(ds.abs().max()), relative=float((ds.abs()/S0.s.clamp(min=1e-300)).median()),
-                sd=_curve(sd), spectral=float(sd[0]), rank=int((sd > sd[0]*max(D.shape)*2**-52).sum()), rank90=int((share < .9).sum()) + 1, split=split_update(S, S0, float(D.norm()), sides))
+    energy = {b: [float((x.s[at]**2).sum()/(x.s**2).sum().clamp(min=tiny)) for x in (S0, S)] for b, at in bands(len(ds)).items()} # before, after
+    out = dict(energy=energy, ds=_curve(ds), shift=float(ds.norm()/S0.s.norm()), largest=float(ds.abs().max()))
+    out |= dict(relative=float((ds.abs()/S0.s.clamp(min=tiny)).median()))
+    rank = dict(sd=_curve(sd), spectral=float(sd[0]), rank=int((sd > sd[0]*max(D.shape)*2**-52).sum()), rank90=int((share < .9).sum()) + 1)
+    return out | rank | dict(split=split_update(S, S0, float(D.norm()), sides))
 
-# %% ../nbs/04_spectra.ipynb #3285b34d
+# %% ../nbs/04_spectra.ipynb #e621e69f
 def _angles(S, S0, D, ks, sides) -> dict:
     "All angles."
     tol = max(2*float(D.norm())/math.sqrt(D.numel()), 1e-12*float(S0.s[0]))
@@ -409,9 +414,10 @@ def _judged(A, A0, D, S, S0, null, draws, g, ks, sides) -> dict:
     masks = entry_masks(A0, S0)
     got, here = _nulls(A0, D, S0, null, draws, g, masks, ks), compared(S, S0, sides=sides)[0] | _lift(A, A0, masks)
     verdicts = {n: dict(here=x) | beyond(x, got['draws'][n]) for n, x in here.items() if n in got['draws']}
-    return update_mask(A, A0, masks) | dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got), storage=_storage(A0, S0, g, ks), first_order=_first_order(A0, D, S0, g, ks))
+    others = dict(storage=_storage(A0, S0, g, ks), first_order=_first_order(A0, D, S0, g, ks))
+    return update_mask(A, A0, masks) | dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got)) | others
 
-# %% ../nbs/04_spectra.ipynb #f60cd4aa
+# %% ../nbs/04_spectra.ipynb #41812b4d
 def end_alignment(E:Tensor, # (tokens, d) embedding
                   H:Tensor  # (tokens or fewer, d) output head
     ) -> dict:              # mean cosine of a token's rows; mean angle of the leading subspaces in degrees, and for random ones
@@ -420,7 +426,27 @@ def end_alignment(E:Tensor, # (tokens, d) embedding
     k = max(1, min(len(E), len(H), d)//4)
     cos = torch.nn.functional.cosine_similarity(E[:n].double(), H[:n].double())
     angle = principal_angles(*(decompose(W).Vt[:k].mT for W in (H, E)), k)[structural_zeros(d, k):].rad2deg().mean() if k < d else torch.zeros(())
-    return dict(cosine=float(cos.mean()), cosine_by_chance=1/math.sqrt(n*d), k=k, angle=float(angle), angle_by_chance=float(random_angles(d, k).mean()) if k < d else 0.)
+    chance = float(random_angles(d, k).mean()) if k < d else 0.
+    return dict(cosine=float(cos.mean()), cosine_by_chance=1/math.sqrt(n*d), k=k, angle=float(angle), angle_by_chance=chance)
+
+# %% ../nbs/04_spectra.ipynb #15b2f005
+def _matmul_flag() -> tuple: # how to read it, how to set it, the value that means full precision
+    "The flag for fp32 products that the caller uses."
+    new = torch.backends.cuda.matmul
+    try: torch.get_float32_matmul_precision()
+    except RuntimeError: return lambda: new.fp32_precision, partial(setattr, new, 'fp32_precision'), 'ieee'
+    return torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, 'highest'
+
+@contextmanager
+def full_precision():
+    "fp32 products without TF32 inside this block, whatever the caller allows; `RuntimeError` where it cannot be turned off."
+    read, put, full = _matmul_flag()
+    before = read()
+    put(full)
+    try:
+        if read() != full: raise RuntimeError(f'fp32 products stay at {read()!r}, expected {full!r}: something else allows TF32')
+        yield
+    finally: put(before)
 
 # %% ../nbs/04_spectra.ipynb #a2c15e77
 def coded_rank(shape, width:int) -> int: # shape of the matrix, hidden size of the model
@@ -435,7 +461,7 @@ def as_coded(W:Tensor, W0:Tensor, # (m, n) float
     angle = lambda a, b: torch.linalg.svdvals(a.mT @ b).clamp(-1, 1).acos().rad2deg()
     return dict(k=k, ds=_curve(A[1][:k] - B[1][:k]), U=_curve(angle(B[0][:, :k], A[0][:, :k])), V=_curve(angle(B[2][:k].mT, A[2][:k].mT)))
 
-# %% ../nbs/04_spectra.ipynb #1e618abc
+# %% ../nbs/04_spectra.ipynb #28ea567f
 BYTES = 130 # peak memory for each element of a matrix
 
 def open_weights(where, # a file in params/, a folder, a .safetensors or .gguf file, or a Hub id
@@ -458,7 +484,7 @@ def measure_pair(m0, m, ks, null, draws, seed, width) -> dict:
     W0, W = read_matrix(m0).to(_device()), read_matrix(m).to(_device())
     k = coded_rank(W.shape, width)
     out = measure(W, W0, [*ks, k], null, draws, seed + zlib.crc32(m.name.encode())) | dict(layer=m.layer, type=m.type, dtype=m.dtype)
-    return out | (dict(coded=as_coded(W, W0, k)) if out['changed'] and W.numel() <= 2**27 else {})
+    with full_precision(): return out | (dict(coded=as_coded(W, W0, k)) if out['changed'] and W.numel() <= 2**27 else {})
 
 def measure_ends(embed, head) -> dict: return end_alignment(*(read_matrix(m).to(_device()) for m in (embed, head)))
 
@@ -504,14 +530,14 @@ def compare(a, b,             # reference and the other: anything that `open_wei
     both = {n: (c['embed'], c['head']) for n, c in (('a', A), ('b', B)) if {'embed', 'head'} <= set(names) and not c.tied}
     return dict(a=A.source, b=B.source, settings=settings, matrices={n: got[n] for n in names}, ends=map_items('spectra.measure_ends', both, keep, 1, 'ends'))
 
-# %% ../nbs/04_spectra.ipynb #d4cf4f74
+# %% ../nbs/04_spectra.ipynb #d6e9f9b4
 def summary(found:dict # from `compare`
     ) -> list:         # a dict a matrix, no nesting
     "The record of a pair without its curves."
     rows = []
     for name, r in found['matrices'].items():
-        row = dict(matrix=name, layer=r['layer'], type=r['type'], rows=r['shape'][0], columns=r['shape'][1], update=r['update']/r['norm0'] if r['norm0'] else 0.)
-        if r['changed']: row |= _row(r)
+        row = dict(matrix=name, layer=r['layer'], type=r['type'], rows=r['shape'][0], columns=r['shape'][1])
+        row |= dict(update=r['update']/r['norm0'] if r['norm0'] else 0.) | (_row(r) if r['changed'] else {})
         rows.append(row)
     return rows
 
@@ -520,8 +546,9 @@ def _lead(r, side) -> dict: return next(p for p in r['sides'][side]['principal']
 def _row(r) -> dict:
     "The scalars of one changed matrix."
     told = {f'{n}_{f}': r['verdicts'][n][f] for n in ('lead', 'values') for f in ('ratio', 'lo', 'hi', 'verdict')}
-    out = dict(shift=r['shift'], largest=r['largest'], relative=r['relative'], values_share=r['split']['values'], values_share_by_chance=r['split']['values_by_chance'],
-               rank=r['rank'], rank90=r['rank90'], angle_U=_lead(r, 'U')['mean'], angle_V=_lead(r, 'V')['mean'], clusters=r['clusters']['number'])
+    out = {n: r[n] for n in ('shift', 'largest', 'relative', 'rank', 'rank90')}
+    out |= dict(values_share=r['split']['values'], values_share_by_chance=r['split']['values_by_chance'], clusters=r['clusters']['number'])
+    out |= {f'angle_{side}': _lead(r, side)['mean'] for side in 'UV'}
     return out | told | {n: r.get(n) for n in ('changed_bf16', 'principal_lift', 'small_lift')}
 
 # %% ../nbs/04_spectra.ipynb #3b37616b
@@ -548,16 +575,17 @@ def draw_principal(ax, r, side, k, color, label):
     ax.plot(x(c := random_angles(d, k).tolist()), c, 'k--', lw=.9)
     ax.plot(x(p['curve']), p['curve'], color=color, lw=1.2, label=label)
 
-# %% ../nbs/04_spectra.ipynb #5af6e9ee
+# %% ../nbs/04_spectra.ipynb #2d33b588
 def draw_vectors(ax, r, side, color, label):
     "Angle of every vector, clusters taken together, with every null; a random vector is near 90 degrees."
     n = min(r['shape'])
     _references(ax, r, side, lambda c: _x(c, n), color)
     ax.axhline(90, color='k', ls='--', lw=.9)
-    ax.plot(_x(y := r['sides'][side]['clustered'], n), [v or math.nan for v in y], color=color, lw=.9, label=label) # structural zeros of large clusters are left out
+    y = [v or math.nan for v in r['sides'][side]['clustered']] # structural zeros of large clusters are left out
+    ax.plot(_x(y, n), y, color=color, lw=.9, label=label)
     ax.set_yscale('log')
 
-# %% ../nbs/04_spectra.ipynb #b77c3ace
+# %% ../nbs/04_spectra.ipynb #8c5435b9
 GUIDE = (('.8', '-', 5, 'null updates, 95 %'), ('.5', ':', 1, 'first order'), ('.35', '-.', 1, 'bf16 storage'), ('k', '--', 1, 'random subspaces'))
 RANGE = ('mistyrose', '-', 5, 'range in the paper')
 
@@ -565,7 +593,8 @@ def _legend(fig, colors, guide=GUIDE):
     "One legend for the whole figure."
     from matplotlib.lines import Line2D
     lines = [(c, '-', 1.5, n) for n, c in colors.items()] + list(guide)
-    fig.legend([Line2D([], [], color=c, ls=ls, lw=lw) for c, ls, lw, _ in lines], [l[-1] for l in lines], loc='outside lower center', ncols=len(lines), fontsize=8)
+    handles = [Line2D([], [], color=c, ls=ls, lw=lw, label=name) for c, ls, lw, name in lines]
+    fig.legend(handles=handles, loc='outside lower center', ncols=len(lines), fontsize=8)
 
 def _grid(names, columns, title):
     "Axes, a row a matrix and a column a title."
@@ -579,12 +608,13 @@ def _grid(names, columns, title):
 
 def long_side(r) -> str: return 'U' if r['shape'][0] >= r['shape'][1] else 'V' # the side that figure 4 of the paper shows
 
-# %% ../nbs/04_spectra.ipynb #3f407bd6
+# %% ../nbs/04_spectra.ipynb #b818f510
 def fig_pair(found:dict, # label -> result of `compare`
              names:list, title:str):
     "Values, leading subspaces and single vectors of some matrices."
     colors = {n: f'C{i}' for i, n in enumerate(found)}
-    fig, axes = _grid(names, ('change of singular value i', 'principal angle i of the leading\nquarter, long side (°)', 'angle of vector i, long side (°)'), title)
+    columns = 'change of singular value i', 'principal angle i of the leading\nquarter, long side (°)', 'angle of vector i, long side (°)'
+    fig, axes = _grid(names, columns, title)
     for row, name in zip(axes, names):
         for label, f in found.items():
             r = f['matrices'][name]
@@ -607,7 +637,7 @@ def _heat(found, stat) -> tuple:
         Z[at], out[at] = np.log2(v['ratio']), v['verdict'] != 'within'
     return types, layers, Z, out
 
-# %% ../nbs/04_spectra.ipynb #8012e3b1
+# %% ../nbs/04_spectra.ipynb #8374cb20
 def fig_overview(found:dict, # label -> result of `compare`
                  title:str):
     "Rotation and change of values against the null: every layer, every type."
@@ -620,13 +650,14 @@ def fig_overview(found:dict, # label -> result of `compare`
             if not types: ax.text(.5, .5, 'nothing changed', ha='center'); continue
             im = ax.imshow(Z, cmap='coolwarm', vmin=-2, vmax=2, aspect='auto', interpolation='none')
             ax.plot(*np.nonzero(out)[::-1], 'k.', ms=4)
-            ax.set_yticks(range(len(types)), types, fontsize=8); ax.set_xticks(range(0, len(layers), max(1, len(layers)//8)), layers[::max(1, len(layers)//8)], fontsize=8)
+            some = slice(None, None, max(1, len(layers)//8))
+            ax.set_yticks(range(len(types)), types, fontsize=8); ax.set_xticks(range(len(layers))[some], layers[some], fontsize=8)
             ax.set_xlabel('layer', fontsize=8)
             fig.colorbar(im, ax=ax, label='log2 of ratio to null', shrink=.9)
     fig.suptitle(f'{title} (dot: outside the 95 % interval of the null)', fontsize=10)
     return fig
 
-# %% ../nbs/04_spectra.ipynb #0df278cb
+# %% ../nbs/04_spectra.ipynb #080d766d
 def median_interval(xs:list # at least one number
     ) -> tuple:             # median, (lo, hi)
     "The median and its 95 % interval without assumptions (the whole range where there are fewer than six)."
@@ -640,13 +671,20 @@ def against(rl:dict, sft:dict # name -> record of the same matrix
     "How RL moves the matrices, relative to SFT: as it is, per unit of |ΔW|/|W|, and relative to shuffled updates of the same size."
     shift, size = (lambda r: r['shift']), (lambda r: r['update']/r['norm0'])
     unit, null = (lambda f: lambda r: f(r)/size(r)), (lambda stat: lambda r: r['verdicts'][stat]['ratio'])
-    what = dict(size=size, angle=_rotation, angle_per_unit=unit(_rotation), angle_to_null=null('lead'), shift=shift, shift_per_unit=unit(shift), shift_to_null=null('values'))
+    what = dict(size=size, angle=_rotation, angle_per_unit=unit(_rotation), angle_to_null=null('lead'))
+    what |= dict(shift=shift, shift_per_unit=unit(shift), shift_to_null=null('values'))
     return {q: median_interval([f(rl[n])/max(f(sft[n]), 1e-300) for n in sft]) for q, f in what.items()}
 
-# %% ../nbs/04_spectra.ipynb #de025bfa
-COLUMNS = dict(matrix='matrix', update='|ΔW|/|W|', shift='|Δσ|/|σ|', values_share='share of ΔW in values', values_share_by_chance='by chance', angle_U='angle U (°)', angle_V='angle V (°)',
-               lead_ratio='rotation / null', lead_verdict='rotation', values_ratio='Δσ / null', values_verdict='values', rank90='rank of 90 % of ΔW', principal_lift='principal lift')
+# %% ../nbs/04_spectra.ipynb #558104ec
+COLUMNS = dict(matrix='matrix', update='|ΔW|/|W|', shift='|Δσ|/|σ|', values_share='share of ΔW in values', values_share_by_chance='by chance',
+               angle_U='angle U (°)', angle_V='angle V (°)', lead_ratio='rotation / null', lead_verdict='rotation', values_ratio='Δσ / null',
+               values_verdict='values', rank90='rank of 90 % of ΔW', principal_lift='principal lift')
+_STYLE = """body{font:14px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
+td,th{padding:.15em .6em;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}
+img{max-width:100%}"""
 
+# %% ../nbs/04_spectra.ipynb #db674685
 def _html(found, figures) -> str:
     "The report: settings, counts, figures, table."
     told = lambda v: '' if v is None else f'{v:.3g}' if isinstance(v, float) else html.escape(str(v))
@@ -655,9 +693,10 @@ def _html(found, figures) -> str:
     images = ''.join(f'<p><img alt="{n}" src="data:image/png;base64,{base64.b64encode(b).decode()}"></p>' for n, b in figures.items())
     s, ends = found['settings'], ''.join(f'<p>Embedding and head of {k}: {html.escape(json.dumps(v))}</p>' for k, v in found['ends'].items())
     return f'''<!doctype html><meta charset="utf-8"><title>Spectra</title>
-<style>body{{font:14px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}}td,th{{padding:.15em .6em;text-align:right;border-bottom:1px solid #ddd}}td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}</style>
+<style>{_STYLE}</style>
 <h1>Spectra</h1><p>Reference: {html.escape(found['a'])}<br>Compared: {html.escape(found['b'])}<br>{html.escape(headline(found))}</p>
-<p>Null: {s['null']}, {s['draws']} draws; 95 % prediction interval, so 1 matrix in 40 is expected beyond it and 1 in 40 below by chance. Angles are means over the leading quarter of the directions.</p>
+<p>Null: {s['null']}, {s['draws']} draws; 95 % prediction interval, so 1 matrix in 40 is expected beyond it and 1 in 40 below by chance.
+Angles are means over the leading quarter of the directions.</p>
 {images}{ends}<table><tr>{''.join(f'<th>{html.escape(c)}</th>' for c in COLUMNS.values())}</tr>{table}</table>
 '''
 
@@ -666,7 +705,8 @@ def headline(found) -> str: # one sentence
     ms = [r for r in found['matrices'].values() if r['changed']]
     count = lambda s, v: sum(r['verdicts'][s]['verdict'] == v for r in ms)
     if not ms: return f"{len(found['matrices'])} matrices, none changed: both checkpoints hold the same weights."
-    return (f"{len(found['matrices'])} matrices, {len(ms)} changed. Rotated beyond chance: {count('lead', 'beyond')}; less than chance: {count('lead', 'below')}. "
+    return (f"{len(found['matrices'])} matrices, {len(ms)} changed. "
+            f"Rotated beyond chance: {count('lead', 'beyond')}; less than chance: {count('lead', 'below')}. "
             f"Singular values changed beyond chance: {count('values', 'beyond')}; less: {count('values', 'below')}.")
 
 # %% ../nbs/04_spectra.ipynb #4c8b9777
@@ -690,7 +730,7 @@ def write_report(found:dict, # from `compare`
     files = {'spectra.parquet': buf.getvalue(), **{f'{n}.png': b for n, b in figures.items()}, 'report.html': _html(found, figures)}
     return [write_json(out/'spectra.json', found)] + [atomic_write(out/n, b) for n, b in files.items()]
 
-# %% ../nbs/04_spectra.ipynb #b221222f
+# %% ../nbs/04_spectra.ipynb #b8ea6f6e
 def _ks(text) -> list:
     "Whole numbers of directions, or fractions of the rank with a dot."
     try: return [float(k) if '.' in k else int(k) for k in text.split(',')]
@@ -704,7 +744,7 @@ def _parser():
     p.add_argument('a', metavar='A', help=f'the reference: {where}'); p.add_argument('b', metavar='B', help='the other checkpoint')
     p.add_argument('--out', metavar='DIR', default='spectra', help='folder for records, figures and report (default: spectra)')
     p.add_argument('--matrices', metavar='PATTERN', default='*', help="such as 'layers.0.*,head' (default: all)")
-    p.add_argument('--k', type=_ks, default=[64, 256], help='subspace sizes (default: 64,256); with a dot: fractions of the rank. About a quarter of the rank is always there')
+    p.add_argument('--k', type=_ks, default=[64, 256], help='subspace sizes (default: 64,256); with a dot: fractions of the rank. A quarter is always there')
     p.add_argument('--null', choices=NULLS, default='shuffle', help='what chance is: shuffled entries, or the same update turned at random')
     p.add_argument('--draws', type=int, default=5, help='updates drawn from the null for each matrix (default: 5)')
     p.add_argument('--seed', type=int, default=0, help='of the null')
@@ -722,7 +762,7 @@ def main(argv:list=None) -> int: # exit code
     except (ValueError, OSError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
     return 0
 
-# %% ../nbs/04_spectra.ipynb #db6d7aac
+# %% ../nbs/04_spectra.ipynb #bfc60757
 def pairs(points:dict # base, peak, end, and rl where there is RL; folders or model names
     ) -> dict:        # label -> (reference, other)
     "The pairs that are compared."
@@ -735,7 +775,7 @@ def pair_stage(cfg, label:str, a, b, upstream, seed:int=0, null:str='shuffle') -
     st = Stage(f'spectra-{slug}-{null}', cfg.name, dict(spectra=s, points=[Path(str(p)).name for p in (a, b)]), upstream, seed, '04_spectra.ipynb')
     def fn(folder):
         A, B = (open_weights(p, cfg if p == cfg.name else None) for p in (a, b))
-        return compare(A, B, folder, '*', [*s.ks, 1.], null, s.draws, seed, cfg.workers)
+        return compare(A, B, folder, A.text(), [*s.ks, 1.], null, s.draws, seed, cfg.workers)
     return run_stage(st, fn, cfg)
 
 # %% ../nbs/04_spectra.ipynb #30d294e2
@@ -762,7 +802,7 @@ def fig3(found:dict, # label -> result of `compare`
     _legend(fig, _labels(found), GUIDE[:1])
     return fig
 
-# %% ../nbs/04_spectra.ipynb #cf4d7c8a
+# %% ../nbs/04_spectra.ipynb #5c7bccf2
 def trimmed(found:dict, names:list, part # of a record
     ) -> dict:                           # label -> dict(matrices=...)
     "The data of a figure."
@@ -778,9 +818,9 @@ def angles_part(r) -> dict: # of a record
     if not r['changed']: return dict(shape=r['shape'], changed=False)
     side, ks = long_side(r), (r['lead'], r['coded']['k'], min(r['shape']))
     own, s = (lambda curves: {n: curves[n] for n in (side, *(f'{side}{k}' for k in ks)) if n in curves}), r['sides'][side]
-    return {k: r[k] for k in ('shape', 'changed', 'lead', 'verdicts')} | dict(
-        coded={'k': r['coded']['k'], side: r['coded'][side]}, null=dict(curves=own(r['null']['curves'])), storage=dict(curves=own(r['storage']['curves'])), first_order=own(r['first_order']),
-        sides={side: dict(d=s['d'], principal=[p for p in s['principal'] if p['k'] in ks], clustered=s['clustered'])})
+    sides = {side: dict(d=s['d'], principal=[p for p in s['principal'] if p['k'] in ks], clustered=s['clustered'])}
+    nulls = dict(null=dict(curves=own(r['null']['curves'])), storage=dict(curves=own(r['storage']['curves'])), first_order=own(r['first_order']))
+    return {k: r[k] for k in ('shape', 'changed', 'lead', 'verdicts')} | dict(coded={'k': r['coded']['k'], side: r['coded'][side]}, sides=sides) | nulls
 
 # %% ../nbs/04_spectra.ipynb #9e710068
 def _published(ax, r, color):
@@ -793,7 +833,7 @@ def _coded(ax, r, color):
     side, k = long_side(r), r['coded']['k']
     draw_principal(ax, r | dict(sides={side: dict(d=r['sides'][side]['d'], principal=[dict(k=k, zeros=0, curve=r['coded'][side])])}), side, k, color, '')
 
-# %% ../nbs/04_spectra.ipynb #4eec65b4
+# %% ../nbs/04_spectra.ipynb #bb49d1b6
 def fig4(found:dict, names:list, title:str): # as `fig3`
     "Angles in three readings, and vector by vector."
     fig, axes = _grid(names, ('as published: every direction (°)', 'as coded: fp32 arccos (°)', 'corrected: leading quarter (°)', 'single vectors (°)'), title)
@@ -801,7 +841,9 @@ def fig4(found:dict, names:list, title:str): # as `fig3`
         for label, color in _labels(found).items():
             pub, cod, cor = (_reading(found, label, x)[name] for x in READINGS)
             if pub['changed']: _published(row[0], pub, color); _coded(row[1], cod, color)
-            if cor['changed']: draw_principal(row[2], cor, long_side(cor), cor['lead'], color, label); row[2].set_yscale('log'); draw_vectors(row[3], cor, long_side(cor), color, label)
+            if not cor['changed']: continue
+            draw_principal(row[2], cor, long_side(cor), cor['lead'], color, label); row[2].set_yscale('log')
+            draw_vectors(row[3], cor, long_side(cor), color, label)
     for ax in axes[-1]: ax.set_xlabel('index i', fontsize=8)
     _legend(fig, _labels(found), [*GUIDE, RANGE])
     return fig
@@ -842,7 +884,7 @@ def fig_size(found:dict, # label -> result of `compare`
     fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/04_spectra.ipynb #3fe64409
+# %% ../nbs/04_spectra.ipynb #ee15b021
 def _count(found, stat, verdict) -> int: return sum(r['verdicts'][stat]['verdict'] == verdict for r in _layers(found))
 
 def _claims(label, f, turned) -> list:
@@ -850,23 +892,27 @@ def _claims(label, f, turned) -> list:
     ms = _layers(f)
     n, small, up, low = len(ms), sum(r['shift'] <= .01 for r in ms), _count(f, 'lead', 'beyond'), _count(f, 'lead', 'below')
     ratio = lambda g, s: float(np.median([r['verdicts'][s]['ratio'] for r in _layers(g)]))
-    return [dict(claim=f'{label}: singular values stay', paper='|Δσ| ≤ 0.005 (section 4.2)', here=f'shift ≤ 1 % in {small} of {n}, median {np.median([r["shift"] for r in ms]):.2%}', n=n,
-                 interval=wilson(small, n), null=f"{ratio(f, 'values'):.2f} times shuffled", verdict='holds' if small >= .9*n else 'fails'),
-            dict(claim=f'{label}: directions turn beyond chance', paper='25–30° to 90° (figure 4)', here=f'beyond in {up}, below in {low} of {n}', n=n, interval=wilson(up, n),
-                 null=f"{ratio(f, 'lead'):.2f} times shuffled, {ratio(turned, 'lead'):.2f} times turned at random", verdict='holds' if up >= n/2 else 'fails')]
+    shift = f"shift ≤ 1 % in {small} of {n}, median {np.median([r['shift'] for r in ms]):.2%}"
+    nulls = f"{ratio(f, 'lead'):.2f} times shuffled, {ratio(turned, 'lead'):.2f} times turned at random"
+    return [dict(claim=f'{label}: singular values stay', paper='|Δσ| ≤ 0.005 (section 4.2)', here=shift, n=n, interval=wilson(small, n),
+                 null=f"{ratio(f, 'values'):.2f} times shuffled", verdict='holds' if small >= .9*n else 'fails'),
+            dict(claim=f'{label}: directions turn beyond chance', paper='25–30° to 90° (figure 4)', here=f'beyond in {up}, below in {low} of {n}', n=n,
+                 interval=wilson(up, n), null=nulls, verdict='holds' if up >= n/2 else 'fails')]
 
-# %% ../nbs/04_spectra.ipynb #fed2ab6e
+# %% ../nbs/04_spectra.ipynb #05886953
 def _rl_claims(sft, rl) -> list:
     "Rows of the table that set RL beside SFT."
     names = [n for n, r in rl.items() if r['layer'] >= 0 and r['changed'] and sft[n]['changed']]
-    if not names: return [dict(claim='SFT and RL rotate alike', paper='curves coincide (figure 4)', here='RL changed nothing', n=0, verdict='no evidence')]
+    first = dict(claim='SFT and RL rotate alike', paper='curves coincide (figure 4)')
+    if not names: return [first | dict(here='RL changed nothing', n=0, verdict='no evidence')]
     r, alike = against(*({n: m[n] for n in names} for m in (rl, sft))), lambda x: 'holds' if .8 <= x <= 1.25 else 'fails'
-    row = lambda claim, paper, here, q, verdict, null: dict(claim=claim, paper=paper, here=f'{here} {r[q][0]:.2f} times SFT', n=len(names), interval=r[q][1], verdict=verdict, null=null)
+    row = lambda here, q, verdict, null: dict(here=f'{here} {r[q][0]:.2f} times SFT', n=len(names), interval=r[q][1], verdict=verdict, null=null)
     told = {q: f"relative to shuffled {r[f'{q}_to_null'][0]:.2f} times SFT" for q in ('angle', 'shift')}
-    less = max(r['shift_per_unit'][0], r['shift_to_null'][0]) <= .8
-    return [row('SFT and RL rotate alike', 'curves coincide (figure 4)', 'angles', 'angle', alike(r['angle'][0]), f"updates {r['size'][0]:.2f} times SFT"),
-            row('SFT and RL rotate alike per unit of |ΔW|/|W|', '', 'angles per unit', 'angle_per_unit', alike(r['angle_per_unit'][0]), told['angle']),
-            row('Zhu et al.: RL moves the spectrum less', 'smaller normalised shift', f"shift {r['shift'][0]:.2f}, per unit", 'shift_per_unit', 'holds' if less else 'fails', told['shift']),
+    less = 'holds' if max(r['shift_per_unit'][0], r['shift_to_null'][0]) <= .8 else 'fails'
+    return [first | row('angles', 'angle', alike(r['angle'][0]), f"updates {r['size'][0]:.2f} times SFT"),
+            dict(claim='SFT and RL rotate alike per unit of |ΔW|/|W|') | row('angles per unit', 'angle_per_unit', alike(r['angle_per_unit'][0]), told['angle']),
+            dict(claim='Zhu et al.: RL moves the spectrum less', paper='smaller normalised shift')
+            | row(f"shift {r['shift'][0]:.2f}, per unit", 'shift_per_unit', less, told['shift']),
             _avoids(*([m[n]['verdicts']['principal_lift'] for n in names if 'principal_lift' in m[n]['verdicts']] for m in (rl, sft)))]
 
 def _avoids(rl, sft) -> dict: # verdicts of the update mask
@@ -874,16 +920,18 @@ def _avoids(rl, sft) -> dict: # verdicts of the update mask
     row = dict(claim='Zhu et al.: RL avoids principal entries, SFT does not', paper='update mask (bf16) below chance', n=len(rl))
     if not rl: return row | dict(here='every entry moved, or none', verdict='no evidence')
     low, low_sft = (sum(v['verdict'] == 'below' for v in vs) for vs in (rl, sft))
-    return row | dict(here=f'below shuffled in {low} of {len(rl)}, SFT in {low_sft} of {len(sft)}', interval=wilson(low, len(rl)),
-                      null=f"{np.median([v['ratio'] for v in rl]):.2f} times shuffled", verdict='holds' if 2*low >= len(rl) and 2*low_sft <= len(sft) else 'fails')
+    here, ratio = f'below shuffled in {low} of {len(rl)}, SFT in {low_sft} of {len(sft)}', np.median([v['ratio'] for v in rl])
+    verdict = 'holds' if 2*low >= len(rl) and 2*low_sft <= len(sft) else 'fails'
+    return row | dict(here=here, interval=wilson(low, len(rl)), null=f'{ratio:.2f} times shuffled', verdict=verdict)
 
-# %% ../nbs/04_spectra.ipynb #7538ac7c
+# %% ../nbs/04_spectra.ipynb #932ecc64
 def verdicts(found:dict, turned:dict # label -> result of `compare`, against shuffled and turned updates
     ) -> list:                       # rows of `verdict_table`
     "What the claims of this notebook came to."
     rows = [row for label, f in found.items() if _layers(f) for row in _claims(label, f, turned[label])]
     law = [f'{math.degrees(math.acos(2*math.sqrt(r*(1 - r)))):.1f}°' for r in (4096/14336, 1024/4096)]
-    rows.append(dict(claim='the published angles were learned', paper='start at 25–30°', here='law of random subspaces: ' + ', '.join(law), n=2, verdict='no evidence'))
+    here = 'law of random subspaces: ' + ', '.join(law)
+    rows.append(dict(claim='the published angles were learned', paper='start at 25–30°', here=here, n=2, verdict='no evidence'))
     return rows + (_rl_claims(found['SFT']['matrices'], found['RL']['matrices']) if 'RL' in found else [])
 
 # %% ../nbs/04_spectra.ipynb #38a388cb

@@ -111,7 +111,7 @@ def _matrices(source, heads) -> dict:
     if not out: raise CheckpointError(f'{source}: no 2-D floating-point weights in it')
     return {m.name: m for m in sorted(out.values(), key=_order)}
 
-# %% ../nbs/weights.ipynb #020aba80
+# %% ../nbs/weights.ipynb #1f7ed2c1
 class Checkpoint:
     "The 2-D weights of a checkpoint, by canonical name; `files` maps each file to all the names in it."
     def __init__(self, source,        # folder, .safetensors file, or Hub id 'owner/name'
@@ -122,6 +122,10 @@ class Checkpoint:
         self.tied = 'embed' in self.matrices and 'head' not in self.matrices # one matrix serves both ends
 
     def names(self, pattern:str='*') -> list: return select(list(self.matrices), pattern)
+    def text(self) -> str: # without vision tower, projector and cross-attention, where there are any
+        "A pattern of the matrices with a part in text."
+        cross = {m.layer for m in self.matrices.values() if m.type.startswith('cross_')}
+        return ','.join(n for n, m in self.matrices.items() if m.layer not in cross and not n.startswith(('vision_model.', 'multi_modal_projector')))
     def shapes(self) -> dict: return {n: m.shape for n, m in self.matrices.items()}
     def read(self, name:str) -> torch.Tensor: return read_matrix(self[name])
     def groups(self) -> dict: return _groups(self.matrices.values())

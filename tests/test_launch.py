@@ -5,9 +5,10 @@ import psutil, pytest, torch, yaml
 from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from rlsft_nb.core import ParamError, ROOT, Stage, StageMissing, load_params, read_json
-from rlsft_nb.models import load_lm
+from rlsft_nb.models import cells, load_lm, score, woven
 from rlsft_nb.launch import *
 from rlsft_nb.launch import _stop, _why
+from rlsft_nb.plan import idle, overrides_of
 from rlsft_nb.sft import sft_stage
 
 KINDS = ('qwen2', 'llama', 'mllama') # untied, tied, with a vision tower
@@ -25,7 +26,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import TrainerCallback
 from rlsft_nb import sft
-from rlsft_nb.launch import keep_fp32
+from rlsft_nb.models import leave
 torch.set_num_threads(1)
 plain, last = sft.trainer, int(sys.argv[1])
 class Stop(TrainerCallback):
@@ -41,8 +42,9 @@ def sharded(*args): # accelerate itself never shards on CPU
     return t
 sft.trainer = sharded
 for overrides in sys.argv[2:]:
-    try: sft.main(["--overrides", overrides])
+    try: sft.sft_stage(sft.resolved(sft.options("sft", "").parse_args(["--overrides", overrides])))
     except KeyboardInterrupt: pass
+leave()
 '''
 
 @pytest.fixture(scope='module')
@@ -89,6 +91,21 @@ def test_a_stage_launches_its_processes(pico, tmp_path, env, monkeypatch, capfd)
     assert str(two.path) in capfd.readouterr().err # what the processes print is passed on
     monkeypatch.setenv('WORLD_SIZE', '3')
     with pytest.raises(ParamError, match='sft.batch=8 over sft.accumulate=1 is no multiple of 3 processes'): sft_stage(small(pico), 1)
+
+def test_a_score_split_over_processes_is_the_same(pico, env):
+    over = dict(eval=dict(hands=21, max_new_tokens=6, batch=4), game=dict(attempts=2))
+    code = 'import sys, json\nfrom rlsft_nb.core import load_params\nfrom rlsft_nb.models import *\ncfg = load_params("tiny", json.loads(sys.argv[2]))\ngot = score(sys.argv[1], cfg, "test", list(cells(cfg)), 2)\nif not rank(): print("got" + json.dumps(got))\nleave()'
+    words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--no-python', sys.executable, '-c', code, str(pico['qwen2']), json.dumps(over)]
+    two = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    got = json.loads(two.stdout.split('got')[1]) if 'got' in two.stdout else pytest.fail(two.stderr[-2000:])
+    cfg = load_params('tiny', over)
+    assert got == json.loads(json.dumps(score(str(pico['qwen2']), cfg, 'test', list(cells(cfg)), 2))) # every hand, bit and interval
+    assert {r['n'] for r in got.values()} == {21} and woven([[0, 2, 4], [1, 3]]) == [0, 1, 2, 3, 4]
+
+def test_scores_from_a_shell(pico, capsys):
+    from rlsft_nb.models import main
+    assert main([str(pico['qwen2']), '--overrides', '{eval: {hands: 5, max_new_tokens: 4}, game: {attempts: 1}}']) == 0
+    assert capsys.readouterr().out.count('n 5') == 4
 
 # starting and stopping
 
@@ -140,6 +157,11 @@ def test_commands_with_and_without_gpus():
     at = lambda w: words[words.index(w) + 1]
     assert words[:3] == [sys.executable, '-m', 'accelerate.commands.launch'] and at('--num_processes') == '4' and at('--mixed_precision') == 'bf16'
     assert at('--config_file') == str(ROOT/'params'/'accelerate'/'fsdp2.yaml') and at('--model') == 'qwen7b' and at('--seed') == '3'
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+    for gpu, parser in ((True, launch_command_parser()), (False, get_args_parser())): # both would read --start as one of their own
+        seen = parser.parse_args(command('ppo', cfg, gpu, start=3)[3:])
+        assert seen.training_script == 'rlsft_nb.ppo' and seen.training_script_args[:4] == ['--model', 'qwen7b', '--start', '3'] and seen.module
     assert 'torch.distributed.run' in command('sft', cfg, False) and '--config_file' not in command('sft', cfg, False)
     assert command('sft', load_params('tiny'), True)[command('sft', load_params('tiny'), True).index('--mixed_precision') + 1] == 'no'
 

