@@ -336,13 +336,13 @@ def qkv_alike(get, cfg, pairs) -> dict:
         return _number(spread([r['shift'] for r in three]), spread([r['shift']/r['values_ratio'] for r in three]), 3)
     return _worst({p: one(_rows(get, p)) for p in _there(get, 'spectra-overview', pairs)}, max)
 
-# %% ../nbs/07_claims.ipynb #09394c28
+# %% ../nbs/07_claims.ipynb #a1d4be3c
 def _curves(get, name, pair) -> list: return [m for m in get(name, pair, 'matrices').values() if m['changed']]
 
 def _by_chance(m) -> tuple:
-    "Mean change of each singular value under shuffled updates, and its mean square."
+    "Change of each singular value under shuffled updates (the middle of its band), and its mean square."
     band = m['null']['curves']['values']
-    mean, width = np.array(band['mean']), np.array(band['hi']) - np.array(band['lo'])
+    mean, width = (np.array(band['lo']) + np.array(band['hi']))/2, np.array(band['hi']) - np.array(band['lo'])
     return mean, mean**2 + (width/3.92)**2
 
 def _figure3(get, pairs, one, middle=median) -> dict:
@@ -466,7 +466,7 @@ def imposed_not_values(get, cfg) -> dict:
     d, v = _lost(get, 'directions'), _lost(get, 'values')
     return _both(d, v, .25, get('fig7', 'rl', 'target', 'OOD', 'n'))
 
-# %% ../nbs/07_claims.ipynb #4d61de99
+# %% ../nbs/07_claims.ipynb #1a58992e
 @measure
 def contest(get, cfg, record, path, every) -> dict:
     "The decisive test of a family."
@@ -476,8 +476,8 @@ def contest(get, cfg, record, path, every) -> dict:
     worst, best = (f(tests, key=lambda t: t['gain']) for f in (min, max))
     clear = worst if lost and not won else (worst if every else best) if won and not lost and (len(won) == len(tests) or not every) else None
     shown = clear or (worst if every else best)
-    gains = [told(t['gain'], 'points').removesuffix(' points') for t in tests]
-    return dict(value=shown['gain'], p=shown['holm'] if clear else 1., here=', '.join(gains) + ' points', control=f"{shown['n01']} hands won, {shown['n10']} lost")
+    here = ', '.join(told(t['gain'], 'points').removesuffix(' points') for t in tests) + ' points'
+    return dict(value=shown['gain'], p=shown['holm'] if clear else 1., here=here, control=f"{shown['n01']} hands won, {shown['n10']} lost")
 
 # %% ../nbs/07_claims.ipynb #b2ccac47
 @measure
@@ -695,12 +695,13 @@ def own_numbers(t:dict # `numbers` of params/claims.yaml
     sweep = dict(starts=len(gains), rho=float(rho.statistic), p=float(rho.pvalue), mean=fmean(gains), up=up, down=down)
     return dict(numbers=rows, sweep=sweep | dict(p_sign=float(stats.binomtest(up, up + down).pvalue)))
 
-# %% ../nbs/07_claims.ipynb #c874713c
+# %% ../nbs/07_claims.ipynb #4f9a4db7
 def numbers_markdown(record:dict) -> Markdown: # of `own_numbers`
     "The paper's differences as a table."
-    head = 'difference, counts of 234, points, 95 % interval, Fisher p, Holm, Boschloo p, p at best if paired, hands needed, the same hands, verdict'.split(', ')
+    head = 'difference, counts of 234, points, 95 % interval, Fisher p, Holm, Boschloo p, p at best if paired, hands, the same hands, verdict'.split(', ')
     bare = lambda text: text.removesuffix(' points')
     def row(r):
         ps, paired = [f'{r[k]:.2g}' for k in ('fisher', 'holm', 'boschloo', 'at_best')], f"{r['needed_at_best']:,} to {r['needed_paired']:,}"
-        return [r['what'], f"{r['a']} to {r['b']}", bare(told(r['difference'], 'points')), bare(interval(r, 'points')), *ps, f"{r['needed']:,}", paired, r['verdict']]
+        points = bare(told(r['difference'], 'points')), bare(interval(r, 'points'))
+        return [r['what'], f"{r['a']} to {r['b']}", *points, *ps, f"{r['needed']:,}", paired, r['verdict']]
     return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in [head, ['---']*len(head), *map(row, record['numbers'])]))

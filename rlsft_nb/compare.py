@@ -6,14 +6,14 @@
 __all__ = ['GROUP', 'MICRO', 'ARMS', 'expert_trace', 'sft_rows', 'only_correct', 'imitated', 'imitate', 'train_imitation',
            'grpo_trainer', 'train_grpo', 'with_credit', 'arm_item', 'compare_stage', 'fig_compare', 'verdicts']
 
-# %% ../nbs/compare.ipynb #a851a51e
+# %% ../nbs/compare.ipynb #630cfabb
 from pathlib import Path
 
 from .core import Stage, map_items, mcnemar, progress, run_stage, threads
 from .game import answer, prompt, reward_func, solve, values, verify
-from .models import clusters, device, encode, load_lm, save_lm, score, stop_ids
+from .models import device, encode, load_lm, save_lm, score, stop_ids
 from .ppo import Trace, accelerator, chance, collate, export, play_update, rl_hands, rl_stage, score_stage, set_rates, setup, tail_ids
-from .sft import curve_stage, expert_rows, kept, named_stage, sft_stage
+from .sft import curve_stage, expert_rows, kept, named_stage
 
 # %% ../nbs/compare.ipynb #f124b86b
 def expert_trace(tok, end:int,   # token that ends a turn
@@ -76,7 +76,7 @@ def train_imitation(arm:str, cfg, start:str, folder, seed:int) -> dict: # policy
         export(acc, model, tok, Path(folder)/'policy')
     return dict(policy='policy', log=log)
 
-# %% ../nbs/compare.ipynb #f8f6caa9
+# %% ../nbs/compare.ipynb #b6ce9294
 GROUP, MICRO = 8, 16 # answers to a hand (TRL's default), and answers a pass
 
 def grpo_trainer(cfg, start:str, folder, seed:int, answers:float): # answers: sampled in an update
@@ -89,9 +89,10 @@ def grpo_trainer(cfg, start:str, folder, seed:int, answers:float): # answers: sa
     rows = [dict(prompt=prompt(h, g.id_rule, g.target), cards=h, rule=g.id_rule, target=g.target) for h in hands]
     lm, tok = load_lm(start, cfg, device(cfg), cfg.model.dtype)
     args = GRPOConfig(output_dir=str(folder), max_steps=p.updates*p.epochs*parts, num_generations=GROUP, num_iterations=p.epochs, shuffle_dataset=False,
-        per_device_train_batch_size=MICRO, gradient_accumulation_steps=passes, steps_per_generation=passes*parts, max_completion_length=cfg.eval.max_new_tokens,
-        temperature=p.temperature, top_k=0, epsilon=p.clip, beta=p.kl_coef, learning_rate=p.lr, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr_rate=p.lr_end),
-        max_grad_norm=p.grad_clip, adam_epsilon=p.eps, weight_decay=p.weight_decay, seed=seed, use_cpu=device(cfg) == 'cpu', bf16=False, gradient_checkpointing=p.checkpointing,
+        per_device_train_batch_size=MICRO, gradient_accumulation_steps=passes, steps_per_generation=passes*parts,
+        max_completion_length=cfg.eval.max_new_tokens, temperature=p.temperature, top_k=0, epsilon=p.clip, beta=p.kl_coef, seed=seed,
+        learning_rate=p.lr, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr_rate=p.lr_end), max_grad_norm=p.grad_clip,
+        adam_epsilon=p.eps, weight_decay=p.weight_decay, use_cpu=device(cfg) == 'cpu', bf16=False, gradient_checkpointing=p.checkpointing,
         save_strategy='no', logging_steps=p.epochs*parts, report_to='none', disable_tqdm=True)
     return GRPOTrainer(lm, reward_func, args, train_dataset=Dataset.from_list(rows), processing_class=tok)
 
@@ -152,7 +153,7 @@ def fig_compare(result:dict, # results of `compare_stage`
     axes[0].set_ylabel('success rate'); fig.suptitle(title, y=1.02)
     return fig
 
-# %% ../nbs/compare.ipynb #8eb929ec
+# %% ../nbs/compare.ipynb #5790fd5d
 def verdicts(result:dict, by:dict) -> list: # `by` from `clusters`; rows of `verdict_table`
     "Turn-level PPO against every other arm, out of distribution, and against its start."
     hits = lambda rec: [*map(int, rec['hits'])]
@@ -163,6 +164,7 @@ def verdicts(result:dict, by:dict) -> list: # `by` from `clusters`; rows of `ver
         a, b, label = rec['OOD'], ours['OOD'], ' '.join(ARMS.get(name, 'its start').split())
         p, gain = mcnemar(hits(a), hits(b), by['OOD'])['p'], b['first']['rate'] - a['first']['rate']
         here = f"OOD {b['first']['rate']:.1%} against {a['first']['rate']:.1%}; ID {ours['ID']['first']['rate']:.1%} against {rec['ID']['first']['rate']:.1%}"
-        rows.append(dict(claim=f'PPO, turn-level, is better than {label}', paper='not compared', here=here, n=a['n'], interval=(a['first']['lo'], a['first']['hi']), null=f'McNemar p = {p:.2g}',
-                         verdict='within noise' if p >= .01 else 'holds' if gain > 0 else 'fails'))
+        verdict = 'within noise' if p >= .01 else 'holds' if gain > 0 else 'fails'
+        rows.append(dict(claim=f'PPO, turn-level, is better than {label}', paper='not compared', here=here, n=a['n'],
+                         interval=(a['first']['lo'], a['first']['hi']), null=f'McNemar p = {p:.2g}', verdict=verdict))
     return rows

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'KERNELS', 'SBATCH', 'MANY', 'config_of', 'idle', 'Sizes', 'sizes',
            'Lengths', 'lengths', 'layer_bytes', 'sft_memory', 'update_memory', 'rollout_memory', 'score_memory',
-           'spectra_memory', 'needed', 'memory', 'host_gib', 'advice', 'TooLarge', 'check_fits', 'sft_hours',
-           'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'cells_of', 'table', 'report', 'overrides_of',
-           'slurm', 'main']
+           'spectra_memory', 'needed', 'memory', 'host_gib', 'disk_gib', 'advice', 'TooLarge', 'check_fits',
+           'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'cells_of', 'table', 'report',
+           'overrides_of', 'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
 import argparse, json, math, shlex, sys
@@ -145,7 +145,7 @@ def spectra_memory(cfg, s, n) -> dict:
     "The largest matrix in two checkpoints, with its null."
     return {'largest matrix': named_function('spectra.BYTES')*max(map(math.prod, s.matrices))}
 
-# %% ../nbs/plan.ipynb #3363cf31
+# %% ../nbs/plan.ipynb #eb5a2b50
 STAGES = {'sft': [sft_memory], 'ppo': [rollout_memory, update_memory], 'score': [score_memory], 'spectra': [spectra_memory], 'restore': [score_memory]}
 GIB = 2**30
 
@@ -158,12 +158,22 @@ def memory(cfg, stage:str, n:int) -> dict: # the part of the stage that needs mo
     return max((f(cfg, sizes(cfg), n) for f in STAGES[stage]), key=lambda p: sum(p.values()))
 
 def host_gib(cfg, stage:str, n:int) -> float:
-    "Memory of the machine itself: each training process loads all weights, and one gathers them to save; restoration keeps both checkpoints decomposed, in fp64."
+    "Memory of the machine itself: each training process loads all weights, and one gathers them to save; restoration keeps some of both checkpoints decomposed."
     s = sizes(cfg)
     one = 1.5 + _width(cfg.model.dtype)*s.params/GIB # libraries, and the weights once
     if stage in ('sft', 'ppo'): return n*one + 4*s.params/GIB
-    decomposed = sum(2*8*min(m)*(sum(m) + 1) + 2*_width(cfg.model.dtype)*math.prod(m) for m in s.matrices)/GIB
-    return cfg.workers*(one + decomposed*(stage == 'restore'))
+    kept = min(_decomposed(s.matrices), named_function('restore.KEEP_GIB')) + 2*_decomposed([max(s.matrices, key=math.prod)])
+    return cfg.workers*(one + kept*(stage == 'restore'))
+
+def _decomposed(shapes): return sum(16*(math.prod(m) + min(m)*(sum(m) + 1)) for m in shapes)/GIB # a pair, fp64
+
+def disk_gib(cfg, stage:str) -> float:
+    "What a stage leaves on disk: kept checkpoints in fp32 and the newest state, and what restoration does not keep in memory."
+    s = sizes(cfg)
+    state, one, every = 12*s.trained/GIB, 4*s.params/GIB, _decomposed(s.matrices)
+    if stage == 'sft': return len(cfg.sft.checkpoints)*one + state
+    if stage == 'ppo': return (cfg.ppo.between + 3)*(one + state)
+    return every*cfg.workers if stage == 'restore' and every > named_function('restore.KEEP_GIB') else 0.
 
 _half = lambda section, key: lambda c, n: ({section: {key: c[section][key]//2}} if c[section][key] > 1 else None)
 _more = lambda c, n: {'sft': {'accumulate': c.sft.accumulate*2}} if c.sft.batch//c.sft.accumulate % (2*n) == 0 else None
@@ -235,7 +245,7 @@ def spectra_hours(cfg, s, n) -> float:
     flops = sum(4*max(m)*min(m)**2 + 9*min(m)**3 for m in s.matrices)
     return (2 + cfg.spectra.draws)*flops/(n*_rate('fp64'))/3600
 
-# %% ../nbs/plan.ipynb #54efa445
+# %% ../nbs/plan.ipynb #409a6311
 def cells_of(cfg, s) -> int:
     "Cells that restoration plays, towards the peak and towards the base."
     grid, rank = named_function('restore.grid'), max(map(min, s.matrices))
@@ -253,7 +263,7 @@ def table(cfg, n:int, gib:float) -> list: # a dict a stage
     for stage in STAGES:
         parts = memory(cfg, stage, n)
         fits = needed(parts) <= gib
-        rows.append(dict(stage=stage, what=what[stage], parts=parts, gib=needed(parts), host=host_gib(cfg, stage, n), hours=spent[stage], fits=fits, change='' if fits else advice(cfg, stage, n, gib)))
+        rows.append(dict(stage=stage, what=what[stage], parts=parts, gib=needed(parts), host=host_gib(cfg, stage, n), disk=disk_gib(cfg, stage), hours=spent[stage], fits=fits, change='' if fits else advice(cfg, stage, n, gib)))
     return rows
 
 def report(cfg, n:int, gib:float) -> str:
@@ -261,7 +271,7 @@ def report(cfg, n:int, gib:float) -> str:
     s, out = sizes(cfg), []
     out.append(f'{cfg.name}: {s.params/1e9:.3f} billion parameters, {s.trained/1e9:.3f} trained; {n} GPU(s) of {gib:g} GiB. GiB on each GPU; 2 GiB and 10 % set aside.\n')
     for r in table(cfg, n, gib):
-        out.append(f"{r['stage']:<8}{r['what']:<46}{r['gib']:7.1f} GiB  {'fits' if r['fits'] else 'DOES NOT FIT':<13}{r['hours']:7.2f} h   host {r['host']:.0f} GiB")
+        out.append(f"{r['stage']:<8}{r['what']:<46}{r['gib']:7.1f} GiB  {'fits' if r['fits'] else 'DOES NOT FIT':<13}{r['hours']:7.2f} h   host {r['host']:.0f} GiB" + (f", disk {r['disk']:.0f}" if r['disk'] >= 1 else ''))
         out += [f"{'':10}{k:<44}{v/GIB:7.1f}" for k, v in r['parts'].items() if v]
         if r['change']: out.append(f"{'':10}would fit with: {r['change']}")
     out.append(f"{'all':<80}{sum(r['hours'] for r in table(cfg, n, gib)):7.2f} h")

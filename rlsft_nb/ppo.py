@@ -10,7 +10,7 @@ __all__ = ['MARK', 'AUTHORS', 'Trace', 'tail_ids', 'extend', 'rollout', 'Bank', 
            'starts', 'sweep_item', 'sweep_stage', 'policy', 'named', 'main', 'fig_sweep', 'sweep_rows', 'sweep_command',
            'table', 'spearman', 'verdicts']
 
-# %% ../nbs/03_ppo.ipynb #ca113a01
+# %% ../nbs/03_ppo.ipynb #04bdcd09
 import json, math, os, random, shutil, sys, time
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
@@ -27,10 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import Cache
 
-from .core import ParamError, Problem, Stage, _tell, atomic_write, load_params, map_items, mcnemar, read_json, run_stage, threads, write_json
+from .core import ParamError, Problem, Stage, _tell, atomic_write, map_items, mcnemar, read_json, run_stage, threads, write_json
 from .game import OUTCOMES, deal, feedback_turn, multisets, prompt, verify
 from .launch import freeze_idle, gathered, keep_fp32, options, resolved, run_on_many, tell
-from .models import ModelError, _until_stop, clusters, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, world
+from .models import ModelError, _until_stop, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, world
 from .sft import curve_stage, decides, kept, sft_stage
 from . import sft
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKS', 'png_size', 'figure', 'entry', 'template', 'content', 'page', 'main']
 
-# %% ../nbs/report.ipynb #cbc7170a
+# %% ../nbs/report.ipynb #f1d8559a
 import argparse, base64, struct, sys
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 import rlsft_nb
 from .core import Problem, _plain, atomic_write, figures_dir, load_params, provenance, runs_root
 from .paper import _mapping
-from .claims import VERDICTS, command, interval, judge_claims, load_claims, seeds_of, tally, told
+from .claims import VERDICTS, command, interval, judge_claims, load_claims, seeds_of, shown, tally, told
 
 # %% ../nbs/report.ipynb #fc3e8747
 def png_size(data:bytes) -> tuple: # (width, height) in pixels
@@ -37,7 +37,7 @@ def figure(f:dict,       # an entry of `figures` in params/claims.yaml
     width, height = png_size(data := path.read_bytes())
     return out | dict(file=f"figures/{model}/{path.with_suffix('.json').name}", data=base64.b64encode(data).decode(), width=width, height=height)
 
-# %% ../nbs/report.ipynb #a30b26c0
+# %% ../nbs/report.ipynb #f2b3c94a
 def _places(at) -> str:
     "Where a claim stands."
     names = dict(control='nowhere in the paper', A='appendix A')
@@ -45,8 +45,8 @@ def _places(at) -> str:
 
 def _seed_row(e, unit) -> dict:
     "One seed of a claim."
-    return dict(seed=e['seed'], verdict=e['verdict'], text=e.get('here') or e.get('why') or ', '.join(f'{k} {told(v, unit)}' for k, v in e['parts'].items()),
-                span='' if 'parts' in e else interval(e, unit), p_text=f"{e['p']:.2g}" if 'p' in e else '')
+    text, span = shown([e], dict(mean=e['value']), unit) if 'value' in e else (e['why'], '')
+    return dict(seed=e['seed'], verdict=e['verdict'], text=text, span=span, p_text=f"{e['p']:.2g}" if 'p' in e else '')
 
 def entry(c:dict,       # a claim of `judge_claims`
           listed:dict   # the same in params/claims.yaml
@@ -75,7 +75,7 @@ def _file(name, records, model) -> dict:
     stem, _, seed = name.removesuffix('.json').rpartition('-seed')
     return dict(name=f'figures/{model}/{name}', command=command(records, stem, model, int(seed)))
 
-# %% ../nbs/report.ipynb #af2dc130
+# %% ../nbs/report.ipynb #19de7848
 def content(model:str,         # a file in params/
             overrides:dict=None # keys of params/base.yaml that the runs had changed
     ) -> dict:                 # what the template takes
@@ -84,8 +84,8 @@ def content(model:str,         # a file in params/
     r = judge_claims(cfg, seeds)
     entries, figures = [entry(c, l) for c, l in zip(r['claims'], t['claims'])], [figure(f, t['records'], model, seeds[0]) for f in t['figures']]
     many = f' SEEDS={len(seeds)}' if len(seeds) > 1 else ''
-    return dict(r=r | dict(numbers=[_points(n) for n in r['numbers']]), tally=tally(r), marks=MARKS, about=_about(cfg), made=provenance(), version=rlsft_nb.__version__,
-        sections=[(title, [e for e in entries if e['at'][0] == k]) for k, title in t['sections'].items()], figures=figures,
+    return dict(r=r | dict(numbers=[_points(n) for n in r['numbers']]), tally=tally(r), marks=MARKS, about=_about(cfg),
+        made=provenance(), version=rlsft_nb.__version__, sections=[(title, [e for e in entries if e['at'][0] == k]) for k, title in t['sections'].items()], figures=figures,
         beyond=_beyond(r['numbers'], 'fisher'), beyond_holm=_beyond(r['numbers'], 'holm'), rho=told(round(r['sweep']['rho'], 2) + 0., 'number'),
         configuration=yaml.safe_dump(_plain(cfg), sort_keys=False, width=100, allow_unicode=True), stages=[_stage(n, s) for n, s in r['stages'].items()],
         files=[_file(n, t['records'], model) | dict(sha256=s) for n, s in r['files'].items()],

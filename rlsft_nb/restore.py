@@ -13,11 +13,11 @@ __all__ = ['MODES', 'PLACES', 'KEEP_GIB', 'WHICH', 'LOOK', 'TITLES', 'Pair', 'pa
            'verdicts', 'readings', 'imposed_verdicts', 'five_table', 'seed_summary', 'seeds_stage', 'seeds_cells',
            'difference', 'seeds_table', 'fig_seeds', 'main']
 
-# %% ../nbs/05_restore.ipynb #d23c9672
+# %% ../nbs/05_restore.ipynb #66b4f03f
 import argparse, fcntl, json, math, os, shutil, struct, sys, tempfile, zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from . import ppo
 from .spectra import Spectrum, decompose, open_weights, singular_values
 from .weights import Checkpoint, CheckpointError, canonical, paired
 
-# %% ../nbs/05_restore.ipynb #7859301b
+# %% ../nbs/05_restore.ipynb #63d120ae
 @dataclass
 class Pair:
     "One matrix of two checkpoints, with both decompositions, all fp64."
@@ -50,6 +50,10 @@ class Pair:
 
     @property
     def rank(self): return len(self.a.s)
+    @cached_property
+    def norm(self): return float(self.W.norm())
+    @cached_property
+    def distance(self): return float((self.W - self.W0).norm())
 
 # %% ../nbs/05_restore.ipynb #3295cd82
 def pair(W:Tensor,      # (m, n) any float dtype, finite
@@ -182,24 +186,25 @@ def _condition(A, A0, lo, hi):
     c = float(torch.linalg.eigvalsh(C @ C.mT)[-1].clamp(0, 1).sqrt())
     return min(1e8, ((1 + c)/max(1 - c, 1e-16))**.5)
 
-# %% ../nbs/05_restore.ipynb #74669780
-def describe(p:Pair,       # target and reference
-             exact:Tensor, # (m, n) fp64, from `edit64` with the arguments that follow
-             mode:str, lo:int, hi:int) -> dict: # ready for JSON
+# %% ../nbs/05_restore.ipynb #0bb9f110
+def describe(p:Pair,        # target and reference
+             exact:Tensor,  # (m, n) fp64, from `edit64` with the arguments that follow
+             mode:str, lo:int, hi:int,
+             deep:bool=True # also what costs half a decomposition: `condition` and `values`
+    ) -> dict:              # ready for JSON
     "What one edit did: Frobenius sizes, `condition` of the mixed bases, `values` = largest relative change among singular values above 1 % of the first."
-    W1, s1 = exact.to(p.dtype).double(), singular_values(exact)
+    W1, f = exact.to(p.dtype).double(), lambda A, B: float((A - B).norm())
+    told = dict(shape=list(p.W.shape), mode=mode, lo=lo, hi=hi, norm=p.norm, distance=p.distance, size=f(W1, p.W), to_reference=f(W1, p.W0), rounding=f(W1, exact))
+    if not deep: return told
     seen, mixes = p.a.s > .01*p.a.s[0], mode in ('directions', 'coded', 'swap')
     cond = max(_condition(p.a.U, p.a0.U, lo, hi), _condition(p.a.Vt.mT, p.a0.Vt.mT, lo, hi)) if mixes else 1.
-    f = lambda M: float(M.norm())
-    return dict(shape=list(p.W.shape), mode=mode, lo=lo, hi=hi, norm=f(p.W), distance=f(p.W - p.W0), size=f(W1 - p.W), to_reference=f(W1 - p.W0),
-                condition=cond, values=float(((s1 - p.a.s).abs()/p.a.s)[seen].max()), rounding=f(W1 - exact))
+    return told | dict(condition=cond, values=float(((singular_values(exact) - p.a.s).abs()/p.a.s)[seen].max()))
 
-# %% ../nbs/05_restore.ipynb #ca964311
+# %% ../nbs/05_restore.ipynb #c36c3247
 def freedom(p:Pair) -> dict:
     "Share of the change that singular values can carry: `measured` for this pair, `chance` for a change without structure."
     m, n = p.W.shape
-    gap = float((p.W - p.W0).norm())
-    return dict(measured=float((p.a.s - p.a0.s).norm())/gap if gap else 0., chance=(p.rank/(m*n))**.5)
+    return dict(measured=float((p.a.s - p.a0.s).norm())/p.distance if p.distance else 0., chance=(p.rank/(m*n))**.5)
 
 # %% ../nbs/05_restore.ipynb #6e24febc
 def _cumulative(p, ks):
@@ -288,7 +293,7 @@ def parse_layers(layers # None, an int, a list of ints, or text such as '0-6,9';
     if len(spans) != len(parts) or any(a > b for a, b in spans): raise ValueError(f"layers={layers!r}: expected numbers and spans such as '0-6,9'")
     return sorted({i for a, b in spans for i in range(a, b + 1)})
 
-# %% ../nbs/05_restore.ipynb #e0158818
+# %% ../nbs/05_restore.ipynb #41a8fd02
 def choose(matrices:list, # with `name`, `layer` and `type`, as in `Checkpoint.matrices`
            layers=None,   # see `parse_layers`
            types=None     # 'q,k,v' or a list; None for all
@@ -297,7 +302,7 @@ def choose(matrices:list, # with `name`, `layer` and `type`, as in `Checkpoint.m
     layers, types = parse_layers(layers), types.split(',') if isinstance(types, str) else types
     known = list(dict.fromkeys(m.type for m in matrices))
     for t in set(types or []) - {'1d', *known}: raise ValueError(f"types: {t!r} is none of {', '.join(known)}, 1d")
-    for i in set(layers or []) - {m.layer for m in matrices}: raise ValueError(f'layers: {i} is not there; the model has 0 to {max(m.layer for m in matrices)}')
+    for i in set(layers or []) - {*range(1 + max(m.layer for m in matrices))}: raise ValueError(f'layers: {i} is not there; the model has 0 to {max(m.layer for m in matrices)}')
     placed = lambda m: layers is None or m.layer in layers or m.layer < 0 and bool(types)
     return [m.name for m in matrices if placed(m) and (types is None or m.type in types)]
 
@@ -331,10 +336,10 @@ def _write_shard(src, outs, new):
             for v in rest: gs[v].write(data)
         for g in gs.values(): g.flush(); os.fsync(g.fileno())
 
-# %% ../nbs/05_restore.ipynb #7a4bad00
+# %% ../nbs/05_restore.ipynb #833daf5b
 def _seed(name, seed): return zlib.crc32(name.encode()) + seed
 
-def _edit_matrix(tgt, ref, name, jobs, records):
+def _edit_matrix(tgt, ref, name, jobs, deep, records):
     "Yields (variants, edited matrix) for `jobs` (variant -> its arguments); what was done is added to `records[variant]`."
     W, W0 = tgt.read(name), ref.read(name)
     if torch.equal(W, W0.to(W.dtype)): return
@@ -342,7 +347,7 @@ def _edit_matrix(tgt, ref, name, jobs, records):
     asked = {v: (job['mode'], *band(job['ranks'], p.rank), _seed(name, job['seed'])) for v, job in jobs.items()}
     for a, exact in edits(p, list(dict.fromkeys(asked.values()))):
         variants = [v for v in asked if asked[v] == a]
-        told = describe(p, exact, *a[:3]) | dict(freedom=freedom(p))
+        told = describe(p, exact, *a[:3], deep) | dict(freedom=freedom(p))
         for v in variants: records[v][name] = told
         yield variants, exact.to(W.dtype)
 
@@ -375,7 +380,7 @@ def _chosen(tgt, ref, layers, types):
     if not names and not vectors: raise ValueError(f'layers={layers!r}, types={types!r}: no matrix is meant')
     return names, {n: (v, theirs[n]) for n, v in vectors.items()}
 
-# %% ../nbs/05_restore.ipynb #c1177b9d
+# %% ../nbs/05_restore.ipynb #5a941656
 def plan(target, reference, mode:str='directions', ranks=None, layers=None, types=None) -> dict:
     "What `restore` with the same arguments would do: matrices, vectors, parameters, GiB on disk and in memory."
     tgt, ref = Checkpoint(target), Checkpoint(reference)
@@ -383,7 +388,7 @@ def plan(target, reference, mode:str='directions', ranks=None, layers=None, type
     if mode not in MODES: raise ValueError(f"mode={mode!r}; expected one of {', '.join(MODES)}")
     names, vectors = _chosen(tgt, ref, layers, types)
     for n in names: band(ranks, min(tgt[n].shape))
-    peak = max([8*(8*m*n + 6*min(m, n)**2) for m, n in (tgt[n].shape for n in names)], default=0) # fp64: W, W0, both bases, work
+    peak = max([8*(11*m*n + 6*min(m, n)**2) for m, n in (tgt[n].shape for n in names)], default=0) # fp64: W, W0, both bases, work
     return dict(target=str(target), reference=str(reference), mode=mode, ranks=ranks, layers=parse_layers(layers), types=types, matrices=len(names),
                 vectors=len(vectors), parameters=sum(math.prod(tgt[n].shape) for n in names),
                 disk_gib=round(sum(f.stat().st_size for f in tgt.files)/2**30, 3), memory_gib=round(peak/2**30, 3))
@@ -439,8 +444,8 @@ conditions and singular values. Everything else is the target's, bit for bit, an
 `None` stands for all. Accuracy was not measured.
 """
 
-# %% ../nbs/05_restore.ipynb #2a2db90a
-def _fill(parts, tgt, ref, jobs):
+# %% ../nbs/05_restore.ipynb #b9d4bd1f
+def _fill(parts, tgt, ref, jobs, deep):
     "Write every shard of every variant that is not there yet; returns what was edited, by variant."
     chosen, done = {v: _chosen(tgt, ref, job['layers'], job['types']) for v, job in jobs.items()}, {v: {} for v in jobs}
     for file in tgt.files:
@@ -449,7 +454,7 @@ def _fill(parts, tgt, ref, jobs):
         records, new = {v: {} for v in todo}, {}
         for n, m in tgt.matrices.items():
             asked = {v: jobs[v] for v in todo if n in chosen[v][0]}
-            if asked and m.file == file: new[m.key] = partial(_edit_matrix, tgt, ref, n, asked, records)
+            if asked and m.file == file: new[m.key] = partial(_edit_matrix, tgt, ref, n, asked, deep, records)
         for n, (mine, theirs) in {n: at for v in todo for n, at in chosen[v][1].items()}.items():
             if mine[0] == file: new[mine[1]] = partial(_swap_vector, mine, theirs, n, [v for v in todo if n in chosen[v][1]], records)
         if todo: _write_shard(file, {v: parts[v]/file.name for v in todo}, new)
@@ -457,18 +462,19 @@ def _fill(parts, tgt, ref, jobs):
         for v in jobs: done[v] |= read_json(notes[v])
     return done
 
-# %% ../nbs/05_restore.ipynb #15c08354
+# %% ../nbs/05_restore.ipynb #98220113
 def restore_all(target,       # folder or Hub id, safetensors
                 reference,    # of the same architecture
-                variants:dict # new folder -> any of mode, ranks, layers, types, seed, as in `restore`
+                variants:dict,# new folder -> any of mode, ranks, layers, types, seed, as in `restore`
+                deep:bool=True# records in full; without, eight variants take little longer than one
     ) -> dict:                # folder -> the plan, and `edits`: name -> record as in `describe`
     "Several edits of one target, written in one pass: every matrix is read and decomposed once."
     jobs = {Path(out).absolute(): plan(target, reference, **{k: v for k, v in a.items() if k != 'seed'}) | dict(seed=a.get('seed', 0)) for out, a in variants.items()}
     tgt, ref = Checkpoint(target), Checkpoint(reference)
     stamp = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in (*tgt.files, *ref.files)]
     with ExitStack() as stack:
-        parts = {out: stack.enter_context(_workplace(out, json.dumps([job, stamp]))) for out, job in jobs.items()}
-        for out, found in _fill(parts, tgt, ref, jobs).items():
+        parts = {out: stack.enter_context(_workplace(out, json.dumps([job, stamp, deep]))) for out, job in jobs.items()}
+        for out, found in _fill(parts, tgt, ref, jobs, deep).items():
             jobs[out]['edits'] = found
             _copy_aux(tgt, parts[out])
             write_json(parts[out]/'restore.json', jobs[out])
@@ -490,7 +496,7 @@ def restore(target,                  # folder or Hub id, safetensors
     if dry_run: return plan(target, reference, mode, ranks, layers, types) | dict(seed=seed)
     return restore_all(target, reference, {out: dict(mode=mode, ranks=ranks, layers=layers, types=types, seed=seed)})[out]
 
-# %% ../nbs/05_restore.ipynb #5ee699aa
+# %% ../nbs/05_restore.ipynb #a4bf04cd
 def sweep(target,       # as in `restore`
           reference,
           folder,       # scores are kept in folder/NAME.json
@@ -504,7 +510,7 @@ def sweep(target,       # as in `restore`
     for i in progress(range(0, len(todo), at_once), 'sweep'):
         batch = todo[i:i + at_once]
         for n in batch: shutil.rmtree(folder/n, ignore_errors=True) # left by a sweep that was stopped while scoring
-        restore_all(target, reference, {folder/n: specs[n] for n in batch})
+        restore_all(target, reference, {folder/n: specs[n] for n in batch}, deep=False)
         for n in batch:
             write_json(folder/f'{n}.json', dict(spec=specs[n], score=score(folder/n)))
             shutil.rmtree(folder/n)
@@ -554,12 +560,12 @@ class Pairs:
         t = load_file(self._file(name))
         return Pair(t['W'], t['W0'], *(Spectrum(*(t[f'{k}{i}'] for k in Spectrum._fields)) for i in range(2)), self.here[name])
 
-# %% ../nbs/05_restore.ipynb #bc0ae1c3
+# %% ../nbs/05_restore.ipynb #ad45d5f6
 class Workbench:
     "A loaded target whose matrices can be edited towards a reference, again and again; one matrix at a time is decomposed."
     def __init__(self, target:str, reference:str, cfg, like:str=''): # the reference is moved to the distance of `like`
         self.lm, self.tok = load_lm(target, cfg, device(cfg), cfg.model.dtype)
-        still = set(idle(self.lm))
+        still = set(idle(self.lm)) # vision and cross-attention take no part in text
         self.params = {canonical(k): v for k, v in self.lm.named_parameters() if v.ndim == 2 and k not in still}
         self.own, other, sized = (open_weights(w, cfg) if w else None for w in (target, reference, like))
         lost = [n for n in self.params if n not in other.matrices]
@@ -595,11 +601,11 @@ def put(self:Workbench, mode='directions', ranks=None, layers=None, types=None, 
         records.append(record)
     return total(records)
 
-# %% ../nbs/05_restore.ipynb #5b0c44d6
+# %% ../nbs/05_restore.ipynb #50c7410d
 @patch
 def shares(self:Workbench) -> dict:
     "As `freedom`, over all matrices together."
-    each = [(float((p.W - p.W0).norm())**2, freedom(p)) for p in map(self.pairs.__getitem__, self.params)]
+    each = [(p.distance**2, freedom(p)) for p in map(self.pairs.__getitem__, self.params)]
     whole = max(sum(size for size, _ in each), 1e-300)
     return {k: (sum(size*f[k]**2 for size, f in each)/whole)**.5 for k in ('measured', 'chance')}
 
@@ -840,10 +846,10 @@ def unrelated_stage(cfg, seed:int=0) -> Stage:
         return {w: summary(g, end, peak, peak, cfg) for w, g in got.items()} | dict(tests=contests(both, [('OOD', 'own', w) for w in got], clusters(cfg)))
     return run_stage(st, fn, cfg)
 
-# %% ../nbs/05_restore.ipynb #30740f06
+# %% ../nbs/05_restore.ipynb #f6778194
 LOOK = {'directions': ('C3', 'o', 'directions of top ranks'), 'coded': ('C1', 'D', 'as coded: counts, early return'), 'rotate': ('C6', 'P', 'directions, orthonormal'),
         'tail': ('C8', '<', 'directions of tail ranks'), 'random': ('C5', '>', 'directions of a random band'), 'values': ('C7', 'v', 'values only'),
-        'swap': ('k', 's', 'plain swap'), 'interpolate': ('C0', '^', 'interpolation, same size'), 'blend': ('C9', '.', 'straight line, that share of it'),
+        'swap': ('k', 's', 'plain swap'), 'interpolate': ('C0', '^', 'straight line, same distance'), 'blend': ('C9', 'o', 'straight line, that share of it'),
         'random_rotation': ('C2', 'x', 'random rotation, same size'), 'unrelated-peak': ('C4', '*', "directions, another seed's peak, same distance"),
         'unrelated-end': ('C4', '1', "directions, another seed's end, same distance")}
 
@@ -901,7 +907,7 @@ def of_ranks(cells:dict) -> dict: # name -> row
     "The cells that vary ranks in all matrices."
     return {n: row for n, row in cells.items() if row.get('layers') is None and not row.get('types')}
 
-# %% ../nbs/05_restore.ipynb #c203420d
+# %% ../nbs/05_restore.ipynb #478574e7
 def _series(cells, rank):
     "key of `LOOK` -> (shares in %, rows), ascending."
     out = {}
@@ -921,7 +927,7 @@ def fig_ranks(found:dict,     # which -> `summary`
         drawn = _series(res['cells'], res['rank'])
         if which == 'peak': drawn |= {w: _series(v['cells'], v['rank'])['directions'] for w, v in (unrelated or {}).items() if w in LOOK}
         for key, (x, rows) in drawn.items():
-            for i, c in enumerate(('OOD', 'ID')): _points(axes[i, j], x, rows, c, key, ls='-' if key == 'directions' else ':')
+            for i, c in enumerate(('OOD', 'ID')): _points(axes[i, j], x, rows, c, key, ls={'directions': '-', 'blend': '--'}.get(key, ''))
         axes[1, j].set_xscale('function', functions=(np.sqrt, np.square))
         axes[1, j].set(xlabel='ranks taken from the reference, % of each rank', xticks=[1, 5, 10, 20, 35, 50, 75, 100], xlim=(0, 105))
     _legend(fig)
@@ -936,7 +942,7 @@ def way_table(res:dict # from `summary`
     return [dict(ranks=row['ranks'], moved=share(row['edit'], 'size'), left=share(row['edit'], 'to_reference'), condition=round(row['edit']['condition'], 1),
                  values=round(row['edit']['values'], 4)) for row in rows]
 
-# %% ../nbs/05_restore.ipynb #9595282b
+# %% ../nbs/05_restore.ipynb #4341b8f2
 def judge_share(r:dict # from `recovery`
     ) -> str:
     "Verdict on a claimed recovery of 70 to 80 %."
@@ -959,7 +965,7 @@ def judge_wins(tests:list, # from `contests`
     ) -> str:
     "Verdict on a family of tests: which of them must be won."
     won, lost = ([x['holm'] < .05 and sign*x['gain'] > 0 for x in tests] for sign in (1, -1))
-    if any(lost): return 'mixed' if any(won) else 'fails'
+    if any(lost): return 'mixed' if need is any and any(won) else 'fails'
     return 'holds' if tests and need(won) else 'no difference seen' if not any(won) else 'undecided'
 
 # %% ../nbs/05_restore.ipynb #3b18799e
@@ -1023,17 +1029,18 @@ def imposed_verdicts(imposed:dict # results of `imposed_stage`
                     null=0, verdict=judge_cost(r))
     return [row(m, claim) for m, claim in asked.items() if cell_name(m) in cells]
 
-# %% ../nbs/05_restore.ipynb #289e7614
-def five_table(results:dict, # which -> `summary`
-               scores:dict,  # results of `named_stage`
-               groups:dict   # from `clusters`
-    ) -> list:               # one dict a checkpoint
-    "First attempt (all hands) and within five (the first of them)."
-    rows = {f'{w}: {n}': row for w, res in results.items() for n, row in res['cells'].items() if 'within' in row['OOD']}
-    n = next(iter(rows.values()))['OOD']['within']['n'] if rows else 0
-    own = {name: {c: rec['first'] | dict(within=_within(rec, groups[c][:n])) for c, rec in scores[name]['within'].items()} for name in ('end', 'peak') if rows}
-    return [dict(cell=name, hands=n, **{f'{c} {k}': round(x['rate'], 3) for c in ('OOD', 'ID') for k, x in (('first', row[c]), ('within five', row[c]['within']))})
-            for name, row in (own | rows).items()]
+# %% ../nbs/05_restore.ipynb #9aa14a40
+def five_table(stages:dict, # which -> stage that played it
+               scores:dict, # results of `named_stage`
+               cfg) -> list:# one dict a checkpoint
+    "First attempt and within five, on the hands that were played so."
+    files = {n: stages[n.split('/')[0]].path/'cells'/f"{n.replace('/', '-')}.json" for n in cfg.restore.within if n.split('/')[0] in stages}
+    rows = {n: r['within'] for n, f in files.items() if f.is_file() and 'within' in (r := read_json(f))} # only whole grids play them
+    hands = cfg.restore.within_hands if rows else 0
+    share = lambda bits: round(bits[:hands].count('1')/len(bits[:hands]), 3)
+    known = {k: scores[k]['within'] for k in ('end', 'peak') if rows}
+    return [dict(cell=n, hands=len(r['OOD']['hits'][:hands]), **{f'{c} {k}': share(r[c][h]) for c in ('OOD', 'ID') for k, h in (('first', 'hits'), ('within five', 'hits_within'))})
+            for n, r in (known | rows).items()]
 
 # %% ../nbs/05_restore.ipynb #923edb92
 def seed_summary(cfg, seed:int, seeds:int) -> dict:

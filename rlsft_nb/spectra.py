@@ -10,9 +10,10 @@ __all__ = ['CUT', 'NULLS', 'BYTES', 'GUIDE', 'RANGE', 'COLUMNS', 'READINGS', 'Sp
            'end_alignment', 'full_precision', 'coded_rank', 'as_coded', 'open_weights', 'measure_pair', 'measure_ends',
            'compare', 'summary', 'draw_values', 'draw_principal', 'draw_vectors', 'long_side', 'fig_pair',
            'fig_overview', 'median_interval', 'against', 'headline', 'write_report', 'main', 'pairs', 'pair_stage',
-           'fig3', 'trimmed', 'values_part', 'angles_part', 'fig4', 'fig_law', 'fig_size', 'verdicts']
+           'fig3', 'trimmed', 'values_part', 'angles_part', 'fig4', 'fig_law', 'sizes', 'fig_size', 'verdicts',
+           'seed_numbers', 'seeds_table']
 
-# %% ../nbs/04_spectra.ipynb #ef97bddf
+# %% ../nbs/04_spectra.ipynb #d3fe0902
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -25,7 +26,7 @@ from scipy.special import stdtrit
 from scipy.stats import binom
 from torch import Tensor
 
-from .core import Stage, atomic_write, map_items, run_stage, runs_root, wilson, write_json
+from .core import Stage, atomic_write, map_items, mean_spread, run_stage, runs_root, wilson, write_json
 from .models import load_lm, locate, save_lm
 from .weights import Checkpoint, paired, read_matrix
 
@@ -861,22 +862,28 @@ def fig_law():
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/04_spectra.ipynb #c804976a
+# %% ../nbs/04_spectra.ipynb #733fc7e5
 def _layers(found) -> list: return [r for r in found['matrices'].values() if r['layer'] >= 0 and r['changed']]
 
-def fig_size(found:dict, # label -> result of `compare`
+def sizes(found:dict # label -> result of `compare`
+    ) -> dict:       # label -> a dict for each layer matrix; angles in degrees
+    "Size of the update, rotation and relative shift, each beside its value under shuffled updates."
+    row = lambda r: dict(size=r['update']/r['norm0'], angle=_rotation(r), angle_by_chance=_rotation(r)/r['verdicts']['lead']['ratio'],
+                         shift=r['shift'], shift_by_chance=r['shift']/r['verdicts']['values']['ratio'])
+    return {l: [row(r) for r in _layers(f)] for l, f in found.items()}
+
+# %% ../nbs/04_spectra.ipynb #67f2d7f9
+def fig_size(data:dict, # from `sizes`
              title:str):
     "Rotation and relative shift of each layer matrix over the relative size of its update."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained')
-    for (label, f), color in zip(found.items(), ('C0', 'C1', 'C2')):
-        ms = _layers(f)
-        x = [r['update']/r['norm0'] for r in ms]
-        for ax, y, stat in ((axes[0], [_rotation(r) for r in ms], 'lead'), (axes[1], [100*r['shift'] for r in ms], 'values')):
-            ax.plot(x, [v/r['verdicts'][stat]['ratio'] for v, r in zip(y, ms)], 'x', color='.6', ms=5)
-            ax.plot(x, y, 'o', color=color, ms=4, label=label)
-    axes[0].set_ylabel('mean angle, leading quarter (°)'); axes[1].set_ylabel('|Δσ|/|σ| (%)')
+    for (label, rows), color in zip(data.items(), ('C0', 'C1', 'C2')):
+        for ax, y in zip(axes, ('angle', 'shift')):
+            ax.plot([r['size'] for r in rows], [r[f'{y}_by_chance'] for r in rows], 'x', color='.6', ms=5)
+            ax.plot([r['size'] for r in rows], [r[y] for r in rows], 'o', color=color, ms=4, label=label)
+    axes[0].set_ylabel('mean angle, leading quarter (°)'); axes[1].set_ylabel('|Δσ|/|σ|')
     for ax in axes:
         ax.set(xlabel='|ΔW|/|W|', xscale='log', yscale='log')
         for a in (ax.xaxis, ax.yaxis): a.set_major_locator(LogLocator(subs=(1, 2, 5))); a.set_major_formatter('{x:g}'); a.set_minor_formatter('')
@@ -933,6 +940,29 @@ def verdicts(found:dict, turned:dict # label -> result of `compare`, against shu
     here = 'law of random subspaces: ' + ', '.join(law)
     rows.append(dict(claim='the published angles were learned', paper='start at 25–30°', here=here, n=2, verdict='no evidence'))
     return rows + (_rl_claims(found['SFT']['matrices'], found['RL']['matrices']) if 'RL' in found else [])
+
+# %% ../nbs/04_spectra.ipynb #427f5515
+def seed_numbers(found:dict # label -> result of `compare`
+    ) -> dict:              # what is measured -> number
+    "One seed in a few numbers."
+    out = {}
+    for label, ms in ((l, _layers(f)) for l, f in found.items() if _layers(f)):
+        share = lambda test: sum(map(test, ms))/len(ms)
+        out |= {f'{label}: share of matrices with a shift ≤ 1 %': share(lambda r: r['shift'] <= .01),
+                f'{label}: share of matrices that turn beyond chance': share(lambda r: r['verdicts']['lead']['verdict'] == 'beyond'),
+                f'{label}: share of matrices that turn less': share(lambda r: r['verdicts']['lead']['verdict'] == 'below')}
+    both = [{n: r for n, r in found[l]['matrices'].items() if r['layer'] >= 0 and r['changed']} for l in ('RL', 'SFT') if l in found]
+    return out | ({f'RL over SFT, {q}': m for q, (m, _) in against(*both).items()} if len(both) == 2 and both[0].keys() == both[1].keys() else {})
+
+def seeds_table(each:list # of (rows of `verdicts`, `seed_numbers`), one a seed
+    ) -> list:            # rows of `verdict_table`
+    "How often each claim held, then every number: its mean over seeds with its t interval."
+    told, n, out = {}, f'{len(each)} seeds', []
+    for row in (r for rows, _ in each for r in rows): told.setdefault(row['claim'], []).append(row['verdict'])
+    for q in each[0][1]:
+        m = mean_spread([numbers[q] for _, numbers in each if q in numbers])
+        out.append(dict(claim=q, here=m['mean'], n=n, interval=(m['lo'], m['hi']) if m['n'] > 1 else None))
+    return [dict(claim=c, n=n, verdict=', '.join(f'{v} {vs.count(v)}' for v in sorted(set(vs)))) for c, vs in told.items()] + out
 
 # %% ../nbs/04_spectra.ipynb #38a388cb
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

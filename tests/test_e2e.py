@@ -25,7 +25,7 @@ def test_every_notebook_twice(pico, tmp_path):
     again = made(runs)
     assert {k: again[k] for k in first} == first # nothing was made twice
     figures = {p.name: p.read_bytes() for p in (tmp_path/'figures'/'tiny').iterdir()}
-    assert {'fig2-seed0.png', 'fig1-sft-seed0.json', 'fig1-seed0.json', 'fig3-seed0.png', 'fig7-seed0.png', 'figA-seed0.json', 'claims.json'} <= set(figures)
+    assert {'fig2-seed0.png', 'fig1-sft-seed0.json', 'fig1-seed0.json', 'fig3-seed0.png', 'fig7-seed0.png', 'figA-seed0.json', 'claims-seed0.json'} <= set(figures)
     for nb in ('02_sft', '05_restore'): run(nb, small)
     assert made(runs) == again
     assert {p.name: p.read_bytes() for p in (tmp_path/'figures'/'tiny').iterdir()} == figures # drawn again from the records, to the byte

@@ -223,3 +223,16 @@ def test_plan_holds_for_the_sharded_run(pairs):
     for kind, (one, two) in pairs[0].items():
         told = read_json(two.path/'done.json')['peak_mib']/1024
         assert .3 < told < sum(memory(load_params('tiny', SMALL), 'sft', 2).values())/2**30 + 1.5, kind
+
+def test_deepspeed_weights_are_gathered_in_fp32(pico, monkeypatch):
+    "Its own state dict would be rounded to bf16; deepspeed itself is not needed here."
+    import types
+    lm, _ = load_lm(str(pico['llama']))
+    monkeypatch.setitem(sys.modules, 'deepspeed', types.ModuleType('deepspeed'))
+    monkeypatch.setitem(sys.modules, 'deepspeed.utils', types.SimpleNamespace(safe_get_full_fp32_param=lambda p: p.detach().clone()))
+    class Acc:
+        is_main_process, distributed_type = True, types.SimpleNamespace(value='DEEPSPEED')
+        unwrap_model = staticmethod(lambda m: m)
+        get_state_dict = staticmethod(lambda m: {k: v.bfloat16() for k, v in m.state_dict().items()})
+    plain, _ = gathered(Acc, lm, type(lm))
+    assert all(p.equal(dict(lm.named_parameters())[n]) for n, p in plain.named_parameters()) and plain.lm_head.weight is plain.model.embed_tokens.weight

@@ -134,3 +134,11 @@ def test_own_overrides_reach_every_command():
     text = slurm(cfg, 2, 4)
     assert text.count('lr: 2.0e-06') == 2 and text.count('processes: 4') == 0 # 4 is what the file says already
     assert slurm(cfg, 2, 8).count('processes: 8') == 2
+
+def test_disk_and_host():
+    cfg = load_params('qwen7b')
+    s = sizes(cfg)
+    assert disk_gib(cfg, 'sft') == pytest.approx((11*4 + 12)*s.params/2**30) and disk_gib(load_params('tiny'), 'restore') == 0
+    assert host_gib(cfg, 'sft', 4) == pytest.approx(4*1.5 + 5*4*s.params/2**30) # each of four loads all weights; one gathers them
+    from rlsft_nb.restore import Pairs
+    assert (disk_gib(cfg, 'restore') > 100) == bool(Pairs(s.matrices).folder)

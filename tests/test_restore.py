@@ -1,6 +1,7 @@
 "Restoration: identities, an independent implementation, checkpoints of several architectures, interrupted writes, the command."
 import json, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MllamaConfig,
                           MllamaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM)
 from rlsft_nb import restore as R
-from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_json, verdict_table, wilson
+from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_json, verdict_table, wilson, write_json
 from rlsft_nb.models import score
 from rlsft_nb.tiny import make_tokenizer, new_model
 from rlsft_nb.weights import CheckpointError, canonical
@@ -483,8 +484,8 @@ def test_verdicts_follow_the_thresholds():
     assert R.holm([.01, .04, .03, .5]) == pytest.approx([.04, .09, .09, .5])
     t = lambda *pairs: [dict(holm=p, gain=g) for p, g in pairs]
     won, lost, even = (.01, .1), (.01, -.1), (.2, .1)
-    assert [R.judge_wins(t(*x)) for x in ((won, won), (won, even), (won, lost), (lost, even), (even,), ())] == ['holds', 'undecided', 'mixed', 'fails', *['no difference seen']*2]
-    assert R.judge_wins(t(won, even), any) == 'holds'
+    assert [R.judge_wins(t(*x)) for x in ((won, won), (won, even), (won, lost), (lost, even), (even,), ())] == ['holds', 'undecided', 'fails', 'fails', *['no difference seen']*2]
+    assert [R.judge_wins(t(*x), any) for x in ((won, even), (won, lost), (lost, even), (even, even))] == ['holds', 'mixed', 'fails', 'no difference seen']
 
 def played(p, seed, n=1000):
     "A made-up record of `evaluate` with success rate `p`."
@@ -526,5 +527,15 @@ def test_figures_and_verdicts_of_made_up_cells():
     assert [r['verdict'] for r in R.imposed_verdicts(imposed)] == ['holds']*3 + ['fails']*2
     assert json.loads(json.dumps(found | imposed, allow_nan=False)) and 'fails' in verdict_table(R.verdicts(found['peak'], cfg.restore))
     assert [w['ranks'] for w in R.way_table(found['peak'])] == cfg.restore.ranks and len(R.way_table(imposed['rl'])) == 4
-    five = R.five_table(found | imposed, {k: dict(within=e) for k, e in zip(('end', 'peak'), ENDS)}, dict.fromkeys(('ID', 'OOD'), range(1000)))
-    assert [r['cell'] for r in five[:2]] == ['end', 'peak'] and {r['cell'] for r in five[2:]} == {n.replace('/', ': ') for n in cfg.restore.within}
+
+def test_five_attempts_are_told_on_the_hands_that_were_played_so(tmp_path):
+    cfg = load_params('tiny')
+    half = dict(hits='10'*150, hits_within='1'*150 + '0'*150)
+    stages = {w: SimpleNamespace(path=tmp_path/w) for w in ('peak', 'rl')}
+    for n in cfg.restore.within[:-1]:
+        which, cell = n.split('/')
+        write_json(tmp_path/which/'cells'/f'{which}-{cell}.json', dict(within=dict(ID=half, OOD=half)))
+    table = R.five_table(stages, {k: dict(within={c: dict(hits='1'*300 + '0'*700, hits_within='1'*1000) for c in ('ID', 'OOD')}) for k in ('end', 'peak')}, cfg)
+    assert [r['cell'] for r in table] == ['end', 'peak', *cfg.restore.within[:-1]]
+    assert {(r['hands'], r['OOD first'], r['ID within five']) for r in table[:2]} == {(300, 1., 1.)} and {(r['hands'], r['OOD first'], r['ID within five']) for r in table[2:]} == {(300, .5, .5)}
+    assert R.five_table({}, {}, cfg) == []

@@ -403,7 +403,7 @@ def test_figures_and_verdicts_of_a_run(tmp_path):
     assert list(found) == ['SFT', 'SFT from peak', 'RL'] and list(pairs(dict(base=0, peak=1, end=2))) == list(found)[:2]
     names = ['layers.0.q', 'layers.0.k', 'layers.0.v', 'layers.0.up']
     data = trimmed(found, names, values_part), trimmed(found, names, angles_part)
-    for fig, n in ((fig3(data[0], names, h, 't'), 12), (fig4(data[1], names, 't'), 16), (fig_pair(found, names, 't'), 12), (fig_size(found, 't'), 2)): assert len(fig.axes) == n
+    for fig, n in ((fig3(data[0], names, h, 't'), 12), (fig4(data[1], names, 't'), 16), (fig_pair(found, names, 't'), 12), (fig_size(sizes(found), 't'), 2)): assert len(fig.axes) == n
     fig_overview(found, 't')
     rows = verdicts(found, found)
     claims = {r['claim']: r for r in rows}
@@ -416,6 +416,17 @@ def test_figures_and_verdicts_of_a_run(tmp_path):
     assert [r['here'].split()[-3] for r in same[:3]] == ['1.00']*3 and [r['verdict'] for r in same[:3]] == ['holds', 'holds', 'fails']
     still = found | dict(RL=dict(found['RL'], matrices={n: dict(r, changed=False) for n, r in found['RL']['matrices'].items()}))
     assert verdicts(still, found)[-1] == dict(claim='SFT and RL rotate alike', paper='curves coincide (figure 4)', here='RL changed nothing', n=0, verdict='no evidence')
+
+def test_seeds_side_by_side(tmp_path):
+    rec = lambda verdict, shift: dict(layer=0, changed=True, shift=shift, update=.1, norm0=1., verdicts=dict(lead=dict(verdict=verdict, here=shift, ratio=2.), values=dict(ratio=1.)))
+    found = lambda *v: {l: dict(matrices={f'layers.0.{i}': rec(x, .005*(i + 1)) for i, x in enumerate(v)}) for l in ('SFT', 'RL')}
+    numbers = [seed_numbers(found('beyond', 'beyond', 'below', 'within')), seed_numbers(found('beyond', 'within', 'within', 'within'))]
+    assert [n['SFT: share of matrices that turn beyond chance'] for n in numbers] == [.5, .25] and numbers[0]['RL: share of matrices with a shift ≤ 1 %'] == .5
+    assert numbers[0]['RL over SFT, angle_per_unit'] == 1 and numbers[0]['SFT: share of matrices that turn less'] == .25
+    table = {r['claim']: r for r in seeds_table([([dict(claim='x', verdict=v)], n) for v, n in zip(('holds', 'fails'), numbers)])}
+    assert table['x']['verdict'] == 'fails 1, holds 1' and table['SFT: share of matrices that turn beyond chance']['here'] == .375
+    lo, hi = table['SFT: share of matrices that turn beyond chance']['interval']
+    assert math.isclose(hi - .375, .125*12.7062, rel_tol=1e-4) and math.isclose(lo, .75 - hi) # Student's t, one degree of freedom
 
 def test_median_interval_covers():
     "At least 95 % of the time, for any distribution."
