@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help paper report test install
+.PHONY: help paper report bundle test install
 
 MODEL ?= tiny
 SEED ?= 0
@@ -14,6 +14,7 @@ help:
 	@echo "make paper [MODEL=tiny] [SEED=0]    run the numbered notebooks and list what was made"
 	@echo "make paper [MODEL=tiny] SEEDS=5     the same for seeds 0 to 4 side by side, and what sums them up"
 	@echo "make report [MODEL=tiny]            one HTML page of what was made: claims, figures, provenance"
+	@echo "make bundle MODEL=smollm2           one folder for a machine without a network, in parts"
 	@echo "make test                           run the notebooks' lessons, the tests and the checks"
 
 paper: $(READY)
@@ -21,6 +22,9 @@ paper: $(READY)
 
 report: $(READY)
 	@$(BIN)/python -m rlsft_nb.report --model $(MODEL)
+
+bundle: $(READY)
+	@$(BIN)/python -m rlsft_nb.bundle pack $(MODEL)
 
 # One thread for each of two workers. A run that finds no notebook is a failure, which nbdev_test would call a success.
 # Export, clean and README drift, and pyflakes, are tests/test_repo.py.

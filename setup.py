@@ -6,8 +6,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=['='])
 ini.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-dev = cfg['dev_requirements'].split()
-smollm2 = cfg['smollm2_requirements'].split()
+extras = {n: cfg[f'{n}_requirements'].split() for n in ('dev', 'smollm2', 'workflow', 'deepspeed')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
@@ -15,6 +14,6 @@ setup(
     long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=['rlsft_nb*']), package_data={'rlsft_nb': ['data/*', 'data/*/*']}, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
-    extras_require={'dev': dev, 'smollm2': smollm2},
+    extras_require=extras,
     entry_points={'papermill.engine': ['rlsft = rlsft_nb.paper:Engine']},
 )

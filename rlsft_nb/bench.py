@@ -230,7 +230,7 @@ def our_pair(W, W0, ks, ranks):
     single = [spectra.Spectrum(*(x.float() for x in A)) for A in (S, S0)] # restored weights are not wanted beyond fp32
     return spectra._values(S, S0, D, sides), spectra._angles(S, S0, D, ks, sides), list(restore.update_many(restore.Pair(W, W0, *single, W.dtype), ranks))
 
-# %% ../nbs/bench.ipynb #40b9ea67
+# %% ../nbs/bench.ipynb #ecdae09f
 def gemm_rate(n:int=2048, device:str='cpu') -> float: # fp64 GFLOP/s, of one thread on the CPU
     "How fast this machine multiplies."
     A = torch.randn(n, n, dtype=torch.float64, device=device)
@@ -256,11 +256,10 @@ def bench_shape(name:str, m:int, n:int, rate:float, # GFLOP/s, from `gemm_rate`
                      evd=lambda: spectra._eigh(G.clone()), torch=lambda: torch.linalg.eigh(G)), 2*rounds, device)
     both = timed(dict(ours=lambda: our_pair(*args), plain=lambda: plain_pair(*args)), rounds, device)
     ours, plain = _accuracy(W)
-    rows = [('torch.linalg.svd fp32', one['plain'], 's'), ('ours, fp64', one['ours'], 's'), ('ours, values only', one['values'], 's'),
-            ('eigenvectors alone: as used', one['evd'], 's'), ('eigenvectors alone: torch.linalg.eigh', one['torch'], 's'),
-            ('share of the multiplication limit', 100*_flops(m, n)/one['ours']/1e9/rate, '%'),
-            ('plain, 4 k and 8 restorations', both['plain'], 's'), ('ours, 4 k and 8 restorations', both['ours'], 's'),
-            ('largest error of a value, fp32', plain*1e9, 'e-9'), ('the same, ours', ours*1e9, 'e-9')]
+    times = {'torch.linalg.svd fp32': one['plain'], 'ours, fp64': one['ours'], 'ours, values only': one['values'], 'eigenvectors alone, as used': one['evd'],
+             'eigenvectors alone, torch.linalg.eigh': one['torch'], 'plain, 4 k and 8 restorations': both['plain'], 'ours, 4 k and 8 restorations': both['ours']}
+    rows = [(what, 1e3*t, 'ms') for what, t in times.items()] + [('share of the multiplication limit', 100*_flops(m, n)/one['ours']/1e9/rate, '%'),
+            ('largest error of a value, fp32', plain*1e12, 'e-12'), ('the same, ours', ours*1e12, 'e-12')]
     ratios = {f'svd_{name}': one['plain']/one['ours'], f'pair_{name}': both['plain']/both['ours']}
     return dict(rows=[(f'{at}: {what}', x, unit) for what, x, unit in rows], ratios=ratios)
 
@@ -279,7 +278,7 @@ def bench_spectra():
     for part in (*parts, bench_smollm2(), bench_peers()): rows += part['rows']; ratios |= part['ratios']
     return dict(rows=rows, ratios=ratios)
 
-# %% ../nbs/bench.ipynb #e821eaca
+# %% ../nbs/bench.ipynb #a4d4bfc5
 def smollm2_layer() -> dict: # name -> (W, W0) float32; empty where the model is not there
     "The seven matrices of a real layer, before and after a small random update."
     try: ck = spectra.open_weights('smollm2')
@@ -299,7 +298,7 @@ def bench_smollm2() -> dict:
         p = min(W.shape)
         args = W, W0, [p//8, p//4, p//2, 3*p//4], [p*j//8 for j in range(1, 9)]
         for k, t in timed(dict(plain=lambda: plain_pair(*args), ours=lambda: our_pair(*args)), 1).items(): both[k] += t
-    return dict(rows=[(f'SmolLM2-135M, layer 0: {k}', t, 's') for k, t in both.items()], ratios=dict(pair_smollm2=both['plain']/both['ours']))
+    return dict(rows=[(f'SmolLM2-135M, layer 0: {k}', 1e3*t, 'ms') for k, t in both.items()], ratios=dict(pair_smollm2=both['plain']/both['ours']))
 
 # %% ../nbs/bench.ipynb #d6a71124
 PEERS = dict(ours='''from rlsft_nb.spectra import compare, write_report

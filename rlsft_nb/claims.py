@@ -10,8 +10,8 @@ __all__ = ['FIELDS', 'MEASURED', 'NEEDS', 'MEASURES', 'VERDICTS', 'UNITS', 'SETS
            'at_extremes', 'energy', 'extremes_turn', 'low_index_kept', 'full_basis', 'published_angles', 'recovered',
            'helps', 'directions_not_values', 'imposed', 'imposed_not_values', 'contest', 'random_rotation', 'id_spread',
            'few_suffice', 'more_is_better', 'drifts', 'cost_orders', 'printed_order', 'at_seed', 'shown', 'beside',
-           'judge_claim', 'judge_claims', 'tally', 'verdict_text', 'here_text', 'to_markdown', 'table', 'newcombe',
-           'at_best', 'needed', 'needed_paired', 'one_number', 'own_numbers', 'numbers_markdown']
+           'judge_claim', 'judge_claims', 'tally', 'verdict_text', 'seeds_text', 'here_text', 'to_markdown', 'table',
+           'newcombe', 'at_best', 'needed', 'needed_paired', 'one_number', 'own_numbers', 'numbers_markdown']
 
 # %% ../nbs/07_claims.ipynb #559973e1
 import math, re
@@ -30,10 +30,10 @@ from .restore import cell_name, holm, layer_groups, recovery
 from .spectra import bands
 from . import theory
 
-# %% ../nbs/07_claims.ipynb #55d6c291
+# %% ../nbs/07_claims.ipynb #adb2e977
 FIELDS = ('id', 'at', 'claim', 'paper', 'quantity', 'test', 'fixed') # every claim has these; measured ones also:
 MEASURED = ('measure', 'args', 'unit', 'control')
-NEEDS = dict(sign=('expect', 'alpha'), above=('at', 'clear'), least=('at',), most=('at',), between=('lo', 'hi'), none=()) # of a test
+NEEDS = dict(sign=('expect', 'alpha'), above=('at', 'clear'), least=('at',), most=('at',), between=('lo', 'hi'), all=(), none=()) # of a test
 
 def _check_claim(c, sections):
     "Raise `ParamError` for a claim that could not be judged."
@@ -98,13 +98,14 @@ def command(records:dict,        # of `load_claims`
     text = f'papermill nbs/{notebook}.ipynb -p model {model}' + (f' -p seed {seed}' if seed else '')
     return f"{text} {more.replace('SEEDS', str(seed + 1))}".strip()
 
-# %% ../nbs/07_claims.ipynb #2d40c582
+# %% ../nbs/07_claims.ipynb #9ede5ca3
 VERDICTS = ('holds', 'fails', 'within noise', 'not testable here', 'not run')
 
 def _inside(t, v) -> bool:
     "Whether a number alone is on the claimed side."
     if t['kind'] == 'sign': return v > 0 if t['expect'] == 'up' else v < 0
     if t['kind'] == 'between': return t['lo'] <= v <= t['hi']
+    if t['kind'] == 'all': return v == 1
     return v <= t['at'] if t['kind'] == 'most' else v >= t['at']
 
 def judge(t:dict, # a claim's test
@@ -114,13 +115,14 @@ def judge(t:dict, # a claim's test
     good, fails = _inside(t, m['value']), t.get('else', 'fails')
     if t['kind'] == 'sign': return 'within noise' if m['p'] >= t['alpha'] or not m['value'] else 'holds' if good else 'fails'
     if t['kind'] == 'above': return 'holds' if good and m['lo'] > t['clear'] else 'fails' if m['hi'] < t['at'] else 'within noise'
+    if t['kind'] == 'all' and 0 < m['value'] < 1: return 'within noise'
     return 'holds' if good else fails
 
-# %% ../nbs/07_claims.ipynb #1a74b15b
+# %% ../nbs/07_claims.ipynb #a75b8fda
 def _over(t, s) -> str:
     "The verdict that a mean and its interval give."
     if t['kind'] == 'sign': return 'within noise' if s['lo'] <= 0 <= s['hi'] else 'holds' if _inside(t, s['mean']) else 'fails'
-    if t['kind'] == 'above': return judge(t, dict(value=s['mean'], lo=s['lo'], hi=s['hi']))
+    if t['kind'] in ('above', 'all'): return judge(t, dict(value=s['mean'], lo=s['lo'], hi=s['hi']))
     sides = {_inside(t, s[k]) for k in ('lo', 'mean', 'hi')}
     return 'within noise' if len(sides) > 1 else 'holds' if sides == {True} else t.get('else', 'fails')
 
@@ -152,13 +154,14 @@ def interval(x:dict, unit:str # with lo and hi, as a measure or `over_seeds` giv
     if x.get('lo') is None: return ''
     return f"{re.sub(' (%|points|times)$', '', told(x['lo'], unit))} to {told(x['hi'], unit)}"
 
-# %% ../nbs/07_claims.ipynb #4728c092
+# %% ../nbs/07_claims.ipynb #71c64805
 def threshold(t:dict, unit:str # of a claim's test
     ) -> str:
     "What is asked, in words."
     if t['kind'] == 'sign': return f"{t['expect']}, p < {t['alpha']:g}"
     if t['kind'] == 'above': return f"at least {told(t['at'], unit)}, interval above {told(t['clear'], unit)}"
     if t['kind'] == 'between': return f"{told(t['lo'], unit)} to {told(t['hi'], unit)}"
+    if t['kind'] == 'all': return 'all; none fails'
     return '' if t['kind'] == 'none' else f"at {t['kind']} {told(t['at'], unit)}"
 
 # %% ../nbs/07_claims.ipynb #42090447
@@ -514,7 +517,7 @@ def more_is_better(get, cfg) -> dict:
     test = stats.kendalltau(list(rates), list(rates.values()))
     return dict(value=float(test.statistic), p=float(test.pvalue), n=len(rates), here=f'{test.statistic:.2f} over {len(rates)} shares')
 
-# %% ../nbs/07_claims.ipynb #bcaa830b
+# %% ../nbs/07_claims.ipynb #f36ccbf2
 @measure
 def drifts(get, cfg) -> dict:
     "Share of groups of updates that drift along the gauge and spare singular values, beyond chance."
@@ -523,7 +526,7 @@ def drifts(get, cfg) -> dict:
     free, wide = ([half(rs) for _, rs in groups if (rs[0]['kind'] in theory.FREE) == yes] for yes in (True, False))
     if not free: raise Untestable('no chain with the freedom to drift has changed')
     k, n = sum(free), len(free)
-    return dict(value=k/n, lo=float(k == n), hi=float(k > 0), n=n, here=f'in {k} of {n} groups', null=sum(wide)/max(1, len(wide)))
+    return dict(value=k/n, n=n, here=f'in {k} of {n} groups', null=sum(wide)/max(1, len(wide)))
 
 # %% ../nbs/07_claims.ipynb #80e234d9
 def _order(f) -> float: return math.log10(f(1e-4)/f(1e-5))
@@ -565,7 +568,7 @@ def at_seed(c:dict,       # a claim
     chance = m.get('null') is not None and _inside(c['test'], m['null'])
     return dict(seed=get.seed, **m, verdict=judge(c['test'], m), chance=bool(chance), commands=make(get.asked))
 
-# %% ../nbs/07_claims.ipynb #e0f86fb4
+# %% ../nbs/07_claims.ipynb #fb629d2f
 def shown(found:list, # of `at_seed`, measured
           o:dict,     # of `over_seeds`
           unit:str
@@ -573,7 +576,8 @@ def shown(found:list, # of `at_seed`, measured
     "What stands in the table."
     one = found[0] if len(found) == 1 else {}
     if 'parts' in found[0]: return _parts(found, 'parts', unit), ''
-    return one.get('here') or told(o['mean'], unit), interval(one or o, unit)
+    if one: return one.get('here') or told(one['value'], unit), interval(one, unit)
+    return told(o['mean'], unit), interval(o, unit).removesuffix(' points').removesuffix(' times')
 
 def _parts(found, key, unit) -> str:
     "Means of named numbers."
@@ -620,18 +624,21 @@ def tally(record:dict) -> dict: # verdict -> number of claims
     given = [c['verdict'] for c in record['claims']]
     return {v: given.count(v) for v in VERDICTS if v in given}
 
-# %% ../nbs/07_claims.ipynb #eafdfe8e
+# %% ../nbs/07_claims.ipynb #41688b6d
 def verdict_text(c:dict) -> str: # of `judge_claims`
     "The verdict with what qualifies it."
     if c['verdict'] == 'not run': return f"not run: `{c['each'][0]['commands'][0]}`"
     if c['why']: return f"{c['verdict']}: {c['why']}"
     return c['verdict'] + (f"; the control passes{' too'*(c['verdict'] == 'holds')}" if c['chance'] else '')
 
+def seeds_text(c:dict) -> str: # of `judge_claims`
+    "How single seeds came out; empty where there is one."
+    each = [e['verdict'] for e in c['each'] if 'value' in e]
+    return f"{len(each)} seeds: " + ', '.join(f'{v} {each.count(v)}' for v in VERDICTS if v in each) if len(each) > 1 else ''
+
 def here_text(c:dict) -> str:
     "The measured value with interval and seeds."
-    agree = [e['verdict'] for e in c['each'] if 'value' in e].count(c['verdict'])
-    text = c['here'] + (f" ({c['interval']})" if c['interval'] else '')
-    return text + (f", {agree} of {len(c['seeds'])} seeds" if len(c['seeds']) > 1 else '')
+    return '; '.join(filter(None, (c['here'] + (f" ({c['interval']})" if c['interval'] else ''), seeds_text(c))))
 
 # %% ../nbs/07_claims.ipynb #282347c1
 def to_markdown(record:dict) -> Markdown: # of `judge_claims`

@@ -105,8 +105,8 @@ def train_grpo(cfg, start:str, folder, seed:int, answers:float) -> dict: # polic
     log = [dict(update=i + 1, reward=h['reward']) for i, h in enumerate(h for h in t.state.log_history if 'reward' in h)]
     return dict(policy='policy', answers=t.args.generation_batch_size, log=log)
 
-# %% ../nbs/compare.ipynb #0f71f203
-ARMS = dict(turn='PPO, turn-level', token='PPO, token-level', grpo='GRPO', own='SFT on own\ncorrect answers', expert="SFT on expert\nanswers, RL's hands", sft='continued SFT')
+# %% ../nbs/compare.ipynb #fab3d7ab
+ARMS = dict(turn='PPO, turn-level', token='PPO, token-level', grpo='GRPO', own='SFT on own correct answers', expert="SFT on experts, RL's hands", sft='continued SFT')
 
 def with_credit(cfg, credit:str): # `cfg`, with another `ppo.credit`
     "The configuration of one kind of PPO."
@@ -137,23 +137,22 @@ def compare_stage(cfg, seed:int=0) -> Stage:
     fn = lambda folder: dict(start=up.results()['end']['within'], arms=map_items('compare.arm_item', items, folder/'arms', cfg.workers, 'arms'))
     return run_stage(st, fn, cfg)
 
-# %% ../nbs/compare.ipynb #09a76acc
+# %% ../nbs/compare.ipynb #3fd76f7c
 def fig_compare(result:dict, # results of `compare_stage`
                 title:str):
     "First-attempt accuracy of every arm."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
     for ax, cell, c in zip(axes, ('OOD', 'ID'), ('C3', 'C0')):
         r = [v['scores'][cell]['first'] for v in result['arms'].values()]
-        y, start = [v['rate'] for v in r], result['start'][cell]['first']
-        ax.bar(range(len(r)), y, color=c, width=.6, yerr=[[v['rate'] - v['lo'] for v in r], [v['hi'] - v['rate'] for v in r]], capsize=3)
-        ax.axhline(start['rate'], color='.3', lw=1); ax.axhspan(start['lo'], start['hi'], color='.3', alpha=.12, lw=0)
-        ax.set_xticks(range(len(r)), [ARMS[a].replace(', ', ',\n') for a in result['arms']], fontsize=7)
-        ax.set(title=f"{cell}, first attempt, n = {result['start'][cell]['n']:,}", ylim=(0, None))
-    axes[0].set_ylabel('success rate'); fig.suptitle(title, y=1.02)
+        x, start = [v['rate'] for v in r], result['start'][cell]['first']
+        ax.barh(range(len(r)), x, .6, color=c, xerr=[[v['rate'] - v['lo'] for v in r], [v['hi'] - v['rate'] for v in r]], capsize=3)
+        ax.axvline(start['rate'], color='.3', lw=1); ax.axvspan(start['lo'], start['hi'], color='.3', alpha=.12, lw=0)
+        ax.set(title=f"{cell}, first attempt, n = {result['start'][cell]['n']:,}", xlim=(0, None), xlabel='success rate')
+    axes[0].set_yticks(range(len(r)), [ARMS[a] for a in result['arms']]); axes[0].invert_yaxis(); fig.suptitle(title, y=1.02)
     return fig
 
-# %% ../nbs/compare.ipynb #5790fd5d
+# %% ../nbs/compare.ipynb #374427ca
 def verdicts(result:dict, by:dict) -> list: # `by` from `clusters`; rows of `verdict_table`
     "Turn-level PPO against every other arm, out of distribution, and against its start."
     hits = lambda rec: [*map(int, rec['hits'])]
@@ -161,7 +160,7 @@ def verdicts(result:dict, by:dict) -> list: # `by` from `clusters`; rows of `ver
     others = dict(start=result['start']) | {a: r['scores'] for a, r in result['arms'].items() if a != 'turn'}
     rows = []
     for name, rec in others.items():
-        a, b, label = rec['OOD'], ours['OOD'], ' '.join(ARMS.get(name, 'its start').split())
+        a, b, label = rec['OOD'], ours['OOD'], ARMS.get(name, 'its start')
         p, gain = mcnemar(hits(a), hits(b), by['OOD'])['p'], b['first']['rate'] - a['first']['rate']
         here = f"OOD {b['first']['rate']:.1%} against {a['first']['rate']:.1%}; ID {ours['ID']['first']['rate']:.1%} against {rec['ID']['first']['rate']:.1%}"
         verdict = 'within noise' if p >= .01 else 'holds' if gain > 0 else 'fails'

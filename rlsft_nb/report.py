@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKS', 'png_size', 'figure', 'entry', 'template', 'content', 'page', 'main']
 
-# %% ../nbs/report.ipynb #f1d8559a
+# %% ../nbs/report.ipynb #a5ce304e
 import argparse, base64, struct, sys
 from importlib.resources import files
 from pathlib import Path
@@ -16,7 +16,7 @@ import yaml
 import rlsft_nb
 from .core import Problem, _plain, atomic_write, figures_dir, load_params, provenance, runs_root
 from .paper import _mapping
-from .claims import VERDICTS, command, interval, judge_claims, load_claims, seeds_of, shown, tally, told
+from .claims import VERDICTS, command, interval, judge_claims, load_claims, seeds_of, seeds_text, shown, tally, told
 
 # %% ../nbs/report.ipynb #fc3e8747
 def png_size(data:bytes) -> tuple: # (width, height) in pixels
@@ -37,7 +37,7 @@ def figure(f:dict,       # an entry of `figures` in params/claims.yaml
     width, height = png_size(data := path.read_bytes())
     return out | dict(file=f"figures/{model}/{path.with_suffix('.json').name}", data=base64.b64encode(data).decode(), width=width, height=height)
 
-# %% ../nbs/report.ipynb #f2b3c94a
+# %% ../nbs/report.ipynb #b3a7b554
 def _places(at) -> str:
     "Where a claim stands."
     names = dict(control='nowhere in the paper', A='appendix A')
@@ -52,9 +52,9 @@ def entry(c:dict,       # a claim of `judge_claims`
           listed:dict   # the same in params/claims.yaml
     ) -> dict:
     "A claim as the page shows it."
-    agree = [e['verdict'] for e in c['each'] if 'value' in e].count(c['verdict'])
+    keep = {k: c[k].replace(' %', '\u00a0%') for k in ('here', 'interval', 'paper')}
     fixed = f"fixed {c['fixed']}" if c['fixed'].startswith('here') else f"fixed in nbs/{c['fixed']}.ipynb"
-    return c | dict(agree=agree, places=_places(c['at']), fixed_in=fixed.replace('here', 'in params/claims.yaml'),
+    return c | keep | dict(by_seed=seeds_text(c), places=_places(c['at']), fixed_in=fixed.replace('here', 'in params/claims.yaml'),
                     commands=c['each'][0]['commands'] if c['each'] else [], each=[_seed_row(e, listed.get('unit')) for e in c['each']])
 
 # %% ../nbs/report.ipynb #30b476d4

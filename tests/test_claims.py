@@ -109,7 +109,7 @@ def test_no_code_asks_for_a_model_by_name():
 # verdicts
 
 numbers = st.lists(st.floats(-1, 1).filter(lambda v: abs(v) > 1e-6), min_size=1, max_size=6)
-TESTS = [dict(kind='sign', expect='up', alpha=.01), dict(kind='sign', expect='down', alpha=.01), dict(kind='above', at=.3, clear=.1), dict(kind='least', at=.2), dict(kind='most', at=.2), dict(kind='between', lo=-.2, hi=.4)]
+TESTS = [dict(kind='sign', expect='up', alpha=.01), dict(kind='sign', expect='down', alpha=.01), dict(kind='above', at=.3, clear=.1), dict(kind='least', at=.2), dict(kind='most', at=.2), dict(kind='between', lo=-.2, hi=.4), dict(kind='all')]
 
 @pytest.mark.parametrize('t', TESTS, ids=lambda t: ' '.join(map(str, t.values())))
 @given(values=numbers)
@@ -195,7 +195,7 @@ def test_whole_table(tmp_path):
     assert text == to_markdown(r)
     rows = [l for l in text.splitlines() if not l.startswith('| **')]
     assert len(rows) == 2 + len(LIST['claims']) and {len(l.replace('\\|', '').split(' | ')) for l in text.splitlines()} == {4}
-    assert '3 of 3 seeds' in text and '; the control passes' in text
+    assert '3 seeds: holds 3' in text and '; the control passes' in text
 
 def test_missing_seed_is_left_out_by_name(tmp_path):
     save(fake(0), tmp_path); save({k: v for k, v in fake(1).items() if k in ('fig2', 'fig1-sft')}, tmp_path, 1)

@@ -105,4 +105,4 @@ def test_verdicts_follow_their_thresholds():
     result = dict(start=scores(.1), arms={a: dict(scores=scores(v)) for a, v in dict(turn=.4, token=.39, grpo=.6, own=.2, expert=.4, sft=.05).items()})
     rows = verdicts(result, dict(OOD=range(200), ID=range(200)))
     assert [r['verdict'] for r in rows] == ['holds', 'within noise', 'fails', 'holds', 'within noise', 'holds']
-    assert rows[0]['claim'] == 'PPO, turn-level, is better than its start' and rows[4]['claim'].endswith("SFT on expert answers, RL's hands")
+    assert rows[0]['claim'] == 'PPO, turn-level, is better than its start' and rows[4]['claim'].endswith("SFT on experts, RL's hands")
