@@ -137,7 +137,7 @@ def over_seeds(t:dict,        # a claim's test
     agree = len({_inside(t, v) for v in values}) == 1
     return s | dict(verdict=_over(t, s) if agree else 'within noise')
 
-# %% ../nbs/07_claims.ipynb #17eb2c51
+# %% ../nbs/07_claims.ipynb #58754a00
 UNITS = dict(points=(100, '{:+.1f} points'), percent=(100, '{:.1f} %'), times=(1, '{:.2f} times'), rho=(1, '{:+.2f}'), number=(1, '{:.2f}'),
              degrees=(1, '{:.1f}°'), steps=(1, '{:.1f} steps'), order=(1, '{:.1f}'))
 
@@ -150,9 +150,9 @@ def told(v:float, unit:str # of `UNITS`, or share: percent with as many digits a
 
 def interval(x:dict, unit:str # with lo and hi, as a measure or `over_seeds` gives
     ) -> str:
-    "An interval in its unit; empty where there is none."
-    if x.get('lo') is None: return ''
-    return f"{re.sub(' (%|points|times)$', '', told(x['lo'], unit))} to {told(x['hi'], unit)}"
+    "An interval in its unit; empty where there is none, or nothing between its ends."
+    if x.get('lo') is None or x['lo'] == x['hi']: return ''
+    return f"{re.sub('( %| points| times| steps|°)$', '', told(x['lo'], unit))} to {told(x['hi'], unit)}"
 
 # %% ../nbs/07_claims.ipynb #71c64805
 def threshold(t:dict, unit:str # of a claim's test
@@ -164,7 +164,7 @@ def threshold(t:dict, unit:str # of a claim's test
     if t['kind'] == 'all': return 'all; none fails'
     return '' if t['kind'] == 'none' else f"at {t['kind']} {told(t['at'], unit)}"
 
-# %% ../nbs/07_claims.ipynb #42090447
+# %% ../nbs/07_claims.ipynb #310645f7
 def _bits(rec) -> np.ndarray: return np.frombuffer(rec['hits'].encode(), np.uint8) - 48.
 def _percent(x) -> str: return f'{100*x:.1f} %'
 
@@ -178,8 +178,8 @@ def difference(a:dict, b:dict, # records of one cell: `hits` is a 0 or 1 a hand
         raise ParamError('the records are of other hands than these parameters deal; give the overrides of their run')
     _, of = np.unique([str(g) for g in groups], return_inverse=True)
     excess, G = np.bincount(of, d - d.mean()), of.max() + 1
-    half = NormalDist().inv_cdf(.5 + conf/2)*math.sqrt(G/max(G - 1, 1)*(excess**2).sum())/len(d)
-    return dict(value=d.mean(), lo=d.mean() - half, hi=d.mean() + half, n=len(d), p=mcnemar(_bits(a), _bits(b), groups)['p'],
+    mean, half = float(d.mean()), NormalDist().inv_cdf(.5 + conf/2)*math.sqrt(G/max(G - 1, 1)*float((excess**2).sum()))/len(d)
+    return dict(value=mean, lo=mean - half, hi=mean + half, n=len(d), p=mcnemar(_bits(a), _bits(b), groups)['p'],
                 here=f'{_percent(_bits(a).mean())} to {_percent(_bits(b).mean())}')
 
 # %% ../nbs/07_claims.ipynb #856653f6
@@ -209,7 +209,7 @@ def _share(r, n) -> dict:
     if r['lo'] is None: raise Untestable('nothing was lost beyond doubt, so there is nothing to recover')
     return dict(value=r['value'], lo=r['lo'], hi=r['hi'], n=n, here=told(r['value'], 'share'))
 
-# %% ../nbs/07_claims.ipynb #0970d153
+# %% ../nbs/07_claims.ipynb #e23c3591
 @measure
 def gains(get, cfg) -> dict:
     "Of the OOD hands gained by RL, the share that the peak had solved."
@@ -218,14 +218,15 @@ def gains(get, cfg) -> dict:
     won = missed & rl
     if not won.any(): raise Untestable('RL gains no hand')
     lo, hi = cluster_interval(peak[won], [g for g, w in zip(groups, won) if w])
-    value, null = peak[won].mean(), peak[missed].mean()
+    value, null = float(peak[won].mean()), float(peak[missed].mean())
     return dict(value=value, lo=lo, hi=hi, n=int(won.sum()), here=f'{int(peak[won].sum())} of {won.sum()} hands', null=null)
 
-# %% ../nbs/07_claims.ipynb #9d489ef3
+# %% ../nbs/07_claims.ipynb #88151559
 @measure
 def rank_order(get, cfg) -> dict:
     "Spearman's correlation of OOD accuracy before and after RL."
     points = get('sweep', 'sweep', 'points')
+    if len(points) < 2: raise Untestable('the sweep has one start')
     rho, p = spearman(*([q[w]['OOD']['first']['rate'] for q in points] for w in ('before', 'after')))
     return dict(value=rho, p=p, n=len(points), here=f'{rho:.2f} over {len(points)} starts')
 
@@ -412,12 +413,13 @@ def published_angles(get, cfg, published, shapes) -> dict:
     value = max(abs(a - b) for a, b in zip(published, law))
     return dict(value=value, n=len(law), here='random subspaces begin at ' + ' and '.join(f'{x:.1f}°' for x in law))
 
-# %% ../nbs/07_claims.ipynb #57859294
+# %% ../nbs/07_claims.ipynb #999bdd20
 def _cells(get, cfg, ranks) -> tuple:
-    "OOD cells of directions and of their control: `ranks` of all matrices, or with all ranks the paper's first layers."
+    "OOD cells of directions and of their control, None where it was not played: `ranks` of all matrices, or with all ranks the paper's first layers."
     if ranks < 1: name, where, modes = 'fig6', dict(ranks=ranks), ('directions', 'interpolate')
     else: name, where, modes = 'fig5', dict(layers=_first(get, cfg)), ('directions', 'swap')
-    return tuple(get(name, 'peak', 'cells', cell_name(m, **where), 'OOD') for m in modes)
+    edited, control = (cell_name(m, **where) for m in modes)
+    return get(name, 'peak', 'cells', edited, 'OOD'), get(name, 'peak', 'cells').get(control, {}).get('OOD')
 
 def _first(get, cfg) -> str:
     "The paper's first 25 % of layers."
@@ -427,14 +429,14 @@ def _first(get, cfg) -> str:
 def recovered(get, cfg, ranks) -> dict:
     "Recovered share of the lost OOD accuracy."
     edited, control = _cells(get, cfg, ranks)
-    return _share(edited['recovery'], edited['n']) | dict(null=control['recovery']['value'])
+    return _share(edited['recovery'], edited['n']) | dict(null=control and control['recovery']['value'])
 
-# %% ../nbs/07_claims.ipynb #c4a4dd2d
+# %% ../nbs/07_claims.ipynb #e43b76ce
 @measure
 def helps(get, cfg, ranks) -> dict:
     "Change of OOD accuracy by an edit."
     (edited, control), before = _cells(get, cfg, ranks), get('fig5', 'peak', 'target', 'OOD', 'rate')
-    null = control['rate'] - before if control['p'] < .01 else 0.
+    null = control and (control['rate'] - before if control['p'] < .01 else 0.)
     return dict(value=edited['rate'] - before, p=edited['p'], n=edited['n'], null=null, here=f"{_percent(before)} to {_percent(edited['rate'])}")
 
 # %% ../nbs/07_claims.ipynb #943401e1
@@ -568,7 +570,7 @@ def at_seed(c:dict,       # a claim
     chance = m.get('null') is not None and _inside(c['test'], m['null'])
     return dict(seed=get.seed, **m, verdict=judge(c['test'], m), chance=bool(chance), commands=make(get.asked))
 
-# %% ../nbs/07_claims.ipynb #fb629d2f
+# %% ../nbs/07_claims.ipynb #9cf4f347
 def shown(found:list, # of `at_seed`, measured
           o:dict,     # of `over_seeds`
           unit:str
@@ -577,7 +579,7 @@ def shown(found:list, # of `at_seed`, measured
     one = found[0] if len(found) == 1 else {}
     if 'parts' in found[0]: return _parts(found, 'parts', unit), ''
     if one: return one.get('here') or told(one['value'], unit), interval(one, unit)
-    return told(o['mean'], unit), interval(o, unit).removesuffix(' points').removesuffix(' times')
+    return told(o['mean'], unit), re.sub(' (points|times|steps)$', '', interval(o, unit))
 
 def _parts(found, key, unit) -> str:
     "Means of named numbers."
@@ -591,7 +593,11 @@ def beside(found:list, unit:str) -> str: # as in `shown`
     nulls = [f['null'] for f in found if f.get('null') is not None]
     return told(fmean(nulls), unit) if nulls else found[0].get('control', '') if len(found) == 1 else ''
 
-# %% ../nbs/07_claims.ipynb #213b1ba9
+# %% ../nbs/07_claims.ipynb #27200f58
+def _chance(found) -> bool:
+    "Whether the control passes wherever it was played."
+    return all(played := [e['chance'] for e in found if e.get('null') is not None]) and bool(played)
+
 def judge_claim(c:dict, records:dict, # as in `at_seed`
                 cfg, gets:list,       # `Records` of each seed
                 conf:float=.95
@@ -606,7 +612,7 @@ def judge_claim(c:dict, records:dict, # as in `at_seed`
     o = over_seeds(c['test'], [e['verdict'] for e in found], [e['value'] for e in found], conf)
     text, span = shown(found, o, c['unit'])
     return out | dict(why='', seeds=[] if c.get('once') else [e['seed'] for e in found], over=o, n=found[0].get('n'), here=text, interval=span,
-                      beside=beside(found, c['unit']), chance=all(e['chance'] for e in found), verdict=o['verdict'])
+                      beside=beside(found, c['unit']), chance=_chance(found), verdict=o['verdict'])
 
 # %% ../nbs/07_claims.ipynb #fc5163b3
 def judge_claims(cfg, seeds:list # of `load_params`; whose records are judged

@@ -71,7 +71,7 @@ def save_together(acc, model, stock, tok, folder) -> Path:
     acc.wait_for_everyone()
     return Path(folder)
 
-# %% ../nbs/launch.ipynb #19b965d6
+# %% ../nbs/launch.ipynb #89d2d69d
 def config_file(name:str) -> Path:
     "A file of params/accelerate/, or one of your own by its path."
     if name.endswith('.yaml') and Path(name).is_file(): return Path(name)
@@ -87,7 +87,7 @@ def command(module:str, # of this package: 'sft', 'ppo'
     "The command that starts `cfg.launch.processes` processes."
     n, options = cfg.launch.processes, [w for k, v in more.items() for w in (f'--{k}', str(v))]
     what = ['-m', '--', f'rlsft_nb.{module}', '--model', cfg.name, *options, '--overrides', overrides_of(cfg)]
-    if not gpu: return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), *what]
+    if not gpu: return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', str(n), *what] # some machines cannot look up their own name
     how = ['--config_file', str(config_file(cfg.launch.config)), '--num_processes', str(n), '--mixed_precision', 'bf16' if cfg[module].get('bf16', True) else 'no']
     return [sys.executable, '-m', 'accelerate.commands.launch', *how, *what]
 

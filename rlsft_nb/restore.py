@@ -9,9 +9,9 @@ __all__ = ['MODES', 'PLACES', 'KEEP_GIB', 'WHICH', 'LOOK', 'TITLES', 'Pair', 'pa
            'at_distance', 'Pairs', 'Workbench', 'workbench', 'score_cell', 'layer_groups', 'cell_name', 'grid',
            'recovery', 'compare', 'holm', 'contests', 'families', 'within_five', 'play_cells', 'summary',
            'restore_stage', 'imposed_stage', 'other_sft', 'unrelated_stage', 'fig_layers', 'of_ranks', 'fig_ranks',
-           'way_table', 'judge_share', 'judge_cost', 'judge_values', 'judge_wins', 'share_row', 'contest_row',
-           'verdicts', 'readings', 'imposed_verdicts', 'five_table', 'seed_summary', 'seeds_stage', 'seeds_cells',
-           'difference', 'seeds_table', 'fig_seeds', 'main']
+           'way_table', 'fig_distance', 'judge_share', 'judge_cost', 'judge_values', 'judge_wins', 'share_row',
+           'contest_row', 'verdicts', 'readings', 'imposed_verdicts', 'five_table', 'seed_summary', 'seeds_stage',
+           'seeds_cells', 'difference', 'seeds_table', 'fig_seeds', 'main']
 
 # %% ../nbs/05_restore.ipynb #66b4f03f
 import argparse, fcntl, json, math, os, shutil, struct, sys, tempfile, zlib
@@ -846,8 +846,8 @@ def unrelated_stage(cfg, seed:int=0) -> Stage:
         return {w: summary(g, end, peak, peak, cfg) for w, g in got.items()} | dict(tests=contests(both, [('OOD', 'own', w) for w in got], clusters(cfg)))
     return run_stage(st, fn, cfg)
 
-# %% ../nbs/05_restore.ipynb #f6778194
-LOOK = {'directions': ('C3', 'o', 'directions of top ranks'), 'coded': ('C1', 'D', 'as coded: counts, early return'), 'rotate': ('C6', 'P', 'directions, orthonormal'),
+# %% ../nbs/05_restore.ipynb #894bb55f
+LOOK = {'directions': ('C3', 'o', 'directions (top ranks)'), 'coded': ('C1', 'D', 'as coded: counts, early return'), 'rotate': ('C6', 'P', 'directions, orthonormal'),
         'tail': ('C8', '<', 'directions of tail ranks'), 'random': ('C5', '>', 'directions of a random band'), 'values': ('C7', 'v', 'values only'),
         'swap': ('k', 's', 'plain swap'), 'interpolate': ('C0', '^', 'straight line, same distance'), 'blend': ('C9', 'o', 'straight line, that share of it'),
         'random_rotation': ('C2', 'x', 'random rotation, same size'), 'unrelated-peak': ('C4', '*', "directions, another seed's peak, same distance"),
@@ -907,7 +907,7 @@ def of_ranks(cells:dict) -> dict: # name -> row
     "The cells that vary ranks in all matrices."
     return {n: row for n, row in cells.items() if row.get('layers') is None and not row.get('types')}
 
-# %% ../nbs/05_restore.ipynb #478574e7
+# %% ../nbs/05_restore.ipynb #0c8c7b3f
 def _series(cells, rank):
     "key of `LOOK` -> (shares in %, rows), ascending."
     out = {}
@@ -926,10 +926,11 @@ def fig_ranks(found:dict,     # which -> `summary`
     for j, (which, res) in enumerate(found.items()):
         drawn = _series(res['cells'], res['rank'])
         if which == 'peak': drawn |= {w: _series(v['cells'], v['rank'])['directions'] for w, v in (unrelated or {}).items() if w in LOOK}
-        for key, (x, rows) in drawn.items():
+        for m, (key, (x, rows)) in enumerate(drawn.items()):
+            x = [(a**.5 + .06*m)**2 for a in x] # side by side
             for i, c in enumerate(('OOD', 'ID')): _points(axes[i, j], x, rows, c, key, ls={'directions': '-', 'blend': '--'}.get(key, ''))
         axes[1, j].set_xscale('function', functions=(np.sqrt, np.square))
-        axes[1, j].set(xlabel='ranks taken from the reference, % of each rank', xticks=[1, 5, 10, 20, 35, 50, 75, 100], xlim=(0, 105))
+        axes[1, j].set(xlabel='ranks taken from the reference, % of each rank', xticks=[1, 5, 10, 20, 35, 50, 75, 100], xlim=(0, 120))
     _legend(fig)
     return fig
 
@@ -941,6 +942,22 @@ def way_table(res:dict # from `summary`
     share = lambda e, k: round(e[k]/e['distance'], 3) if e['distance'] else 0.
     return [dict(ranks=row['ranks'], moved=share(row['edit'], 'size'), left=share(row['edit'], 'to_reference'), condition=round(row['edit']['condition'], 1),
                  values=round(row['edit']['values'], 4)) for row in rows]
+
+# %% ../nbs/05_restore.ipynb #c6053540
+def fig_distance(res:dict, # `summary` for the peak
+                 title:str):
+    "Accuracy over the distance that an edit of all matrices moved the weights."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for ax, c in zip(axes, ('OOD', 'ID')):
+        _lines(ax, res, c)
+        for key, (_, rows) in _series(res['cells'], res['rank']).items():
+            far = sorted(((r['edit']['size']/r['edit']['distance'], r) for r in rows if r['edit']['distance']), key=lambda a: a[0])
+            if far and key != 'coded': _points(ax, *zip(*far), c, key, ls='--' if key == 'blend' else '')
+        ax.set(xlabel='distance moved, as a share of that to the OOD peak', ylabel=f"{c} accuracy, % (n = {res['target'][c]['n']:,})")
+    fig.suptitle(title)
+    _legend(fig)
+    return fig
 
 # %% ../nbs/05_restore.ipynb #4341b8f2
 def judge_share(r:dict # from `recovery`
@@ -1091,12 +1108,12 @@ def seeds_table(rows:list, r) -> list: # rows of `verdict_table`
         out.append(dict(claim=claim, here=f"{m['mean']:+.1f} points", n=n, interval=(m['lo'], m['hi']) if m['n'] > 1 else None))
     return out
 
-# %% ../nbs/05_restore.ipynb #cc7dfc3f
+# %% ../nbs/05_restore.ipynb #ba06673b
 def fig_seeds(rows:list, title:str):
     "What comes back, by cell: each seed, and the mean with its 95 % interval."
     import matplotlib.pyplot as plt
     told = seeds_cells(rows) | seeds_cells(rows, 'unrelated')
-    fig, axes = plt.subplots(1, 2, figsize=(10, 1 + .26*len(told)), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(10, 1 + .26*len(told)), sharey=True, layout='constrained')
     for ax, c in zip(axes, ('OOD', 'ID')):
         for y, m in enumerate(told.values()):
             if c not in m: continue
@@ -1104,7 +1121,7 @@ def fig_seeds(rows:list, title:str):
             half = 0 if m[c]['lo'] is None else m[c]['mean'] - m[c]['lo']
             ax.errorbar(m[c]['mean'], y, xerr=half, fmt='o', color='C3' if c == 'OOD' else 'C0', ms=4, capsize=2)
         ax.axvline(0, color='.7', lw=.8); ax.axvline(1, color='.7', lw=.8)
-        ax.set(xlabel=f'{c}: share of the loss since the OOD peak that comes back', xlim=(-1, 1.6))
+        ax.set(xlabel=f'{c}: share of the loss that comes back', xlim=(-1.2, 2.2))
     axes[0].set_yticks(range(len(told)), [n.removeprefix('peak/') for n in told], fontsize=7); axes[0].invert_yaxis()
     fig.suptitle(title)
     return fig

@@ -731,7 +731,7 @@ def write_report(found:dict, # from `compare`
     files = {'spectra.parquet': buf.getvalue(), **{f'{n}.png': b for n, b in figures.items()}, 'report.html': _html(found, figures)}
     return [write_json(out/'spectra.json', found)] + [atomic_write(out/n, b) for n, b in files.items()]
 
-# %% ../nbs/04_spectra.ipynb #b8ea6f6e
+# %% ../nbs/04_spectra.ipynb #a5e105b0
 def _ks(text) -> list:
     "Whole numbers of directions, or fractions of the rank with a dot."
     try: return [float(k) if '.' in k else int(k) for k in text.split(',')]
@@ -740,7 +740,7 @@ def _ks(text) -> list:
 def _parser():
     p = argparse.ArgumentParser(prog='python -m rlsft_nb.spectra', description='What rotated between two checkpoints, how far, and how far beyond chance.',
         epilog=f'Memory: about {BYTES} bytes for each element of the largest matrix and each worker, and 0.5 GiB a worker for the libraries. '
-               'Matrices that were measured are not measured again. Under torchrun or accelerate launch every rank takes its share.')
+               'Matrices that were measured are not measured again. Under torchrun or accelerate launch (on CPUs with --multi_gpu) every rank takes its share.')
     where = 'folder, .safetensors or .gguf file, Hub id, or a file in params/'
     p.add_argument('a', metavar='A', help=f'the reference: {where}'); p.add_argument('b', metavar='B', help='the other checkpoint')
     p.add_argument('--out', metavar='DIR', default='spectra', help='folder for records, figures and report (default: spectra)')

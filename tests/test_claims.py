@@ -203,6 +203,14 @@ def test_missing_seed_is_left_out_by_name(tmp_path):
     assert c['ood-falls']['seeds'] == [0, 1] and c['rl-restores']['seeds'] == [0] and c['rl-restores']['n'] == 1000
     assert c['rl-restores']['each'][1] == dict(seed=1, verdict='not run', why='no record fig1-seed1.json', commands=['papermill nbs/03_ppo.ipynb -p model tiny -p seed 1'])
 
+def test_a_control_that_was_not_played_is_no_reason_to_leave_a_claim_out(tmp_path):
+    for s in range(2):
+        r = fake(s)
+        if s: del r['fig5']['peak']['cells'][restore.cell_name('swap', layers='0')], r['fig6']['peak']['cells'][restore.cell_name('interpolate', .2)]
+        save(r, tmp_path, s)
+    c = {c['id']: c for c in judge_claims(CFG, [0, 1])['claims']}
+    assert all(c[i]['seeds'] == [0, 1] for i in ('layers-25', 'knob-layers', 'ranks-20', 'knob-ranks')) and c['ranks-20']['chance'] and c['ranks-20']['beside']
+
 def test_without_records_every_line_says_what_makes_it():
     assert seeds_of('tiny') == []
     r = judge_claims(CFG, [4])
@@ -220,6 +228,21 @@ def test_records_of_another_shape_are_told_by_their_path(tmp_path):
     c = {c['id']: c for c in judge_claims(CFG, [0])['claims']}
     assert [c[i]['why'] for i in ('top-ranks', 'rl-restores', 'alike')] == ['record fig6-seed0.json lacks peak.tests', 'record fig1-seed0.json lacks scores.rl', 'record spectra-overview-seed0.json lacks RL']
     assert 'RL' not in c['extremes-turn']['here'] and 'RL' in c['centred']['here'] # of two pairs, the one that is there
+
+def test_a_model_that_learns_nothing(tmp_path):
+    r = fake(0, (0., 0., 0.), (0., 0., 0.))
+    r['sweep']['sweep']['points'] = r['sweep']['sweep']['points'][3:]
+    r['spectra-overview'] = {k: [dict(matrix='layers.0.q', layer=0, type='q', update=0.)] for k in r['spectra-overview']}
+    for name in ('fig3', 'fig4'): r[name] = {k: dict(matrices=dict(q=dict(changed=False))) for k in r[name]}
+    for u in r['figA']['updates']: u['changed'] = False
+    r['figA']['blocks'] = r['figA']['blocks'][1:]
+    save(r, tmp_path)
+    got = judge_claims(CFG, [0])
+    write_json(tmp_path/'r.json', got)
+    c = {c['id']: c for c in got['claims']}
+    asked = ('rl-share', 'gives-back', 'ranks-20', 'values-stay', 'alike', 'centred', 'extremes-turn', 'imposed', 'drifts', 'better-in')
+    for i in asked: assert c[i]['verdict'] == 'not testable here' and c[i]['why'], i
+    assert c['rl-restores']['verdict'] == c['ood-falls']['verdict'] == 'within noise'
 
 def test_records_of_other_hands_are_refused(tmp_path):
     save(fake(), tmp_path)

@@ -59,7 +59,7 @@ def pairs(pico, tmp_path_factory):
         m.setenv('RLSFT_RUNS', str(root/'two'))
         two = [Stage('sft', 'tiny', st.params) for st in one]
         for last in (4, -1):
-            r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(root/'shards.py'), str(last), *map(overrides_of, cfgs)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+            r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', '2', str(root/'shards.py'), str(last), *map(overrides_of, cfgs)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
             out[last] = [(st.done, sorted(p.name for p in st.path.glob('resume/checkpoint-3/*'))) for st in two]
     return dict(zip(KINDS, zip(one, two))), out, r.stderr
 
@@ -95,7 +95,7 @@ def test_a_stage_launches_its_processes(pico, tmp_path, env, monkeypatch, capfd)
 def test_a_score_split_over_processes_is_the_same(pico, env):
     over = dict(eval=dict(hands=21, max_new_tokens=6, batch=4), game=dict(attempts=2))
     code = 'import sys, json\nfrom rlsft_nb.core import load_params\nfrom rlsft_nb.models import *\ncfg = load_params("tiny", json.loads(sys.argv[2]))\ngot = score(sys.argv[1], cfg, "test", list(cells(cfg)), 2)\nif not rank(): print("got" + json.dumps(got))\nleave()'
-    words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--no-python', sys.executable, '-c', code, str(pico['qwen2']), json.dumps(over)]
+    words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', '2', '--no-python', sys.executable, '-c', code, str(pico['qwen2']), json.dumps(over)]
     two = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     got = json.loads(two.stdout.split('got')[1]) if 'got' in two.stdout else pytest.fail(two.stderr[-2000:])
     cfg = load_params('tiny', over)

@@ -426,7 +426,7 @@ def test_two_processes_stay_in_step_resume_and_do_what_one_does(pico, tmp_path, 
     over = dict(model=dict(source='folder', path=str(pico['qwen2'])), ppo=PPO | dict(updates=2), eval=dict(max_new_tokens=5), game=dict(attempts=3))
     (tmp_path/'ranks.py').write_text(RANKS)
     monkeypatch.setenv('PYTHONPATH', os.path.dirname(__file__))
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(tmp_path/'ranks.py'), kind]
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', '2', str(tmp_path/'ranks.py'), kind]
     got = subprocess.run([*launch, json.dumps(over), str(pico['qwen2']), str(tmp_path)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert (tmp_path/'scripted'/'trained.json').is_file(), got.stderr[-3000:] + got.stdout[-1000:]
     log, again, two = (read_json(tmp_path/name/'trained.json')['log'] for name in ('whole', 'again', 'scripted'))

@@ -519,6 +519,8 @@ def test_figures_and_verdicts_of_made_up_cells():
     unrelated = {w: made_up(w, cfg, lambda s: .2) for w in ('unrelated-peak', 'unrelated-end')}
     figs = R.fig_layers(found, cfg.restore, 'five'), R.fig_ranks(found, 'six', unrelated), R.fig_ranks(imposed, 'seven')
     assert all(len(f.axes) == 4 for f in figs)
+    far = R.fig_distance(found['peak'], 'by distance')
+    assert {len(a.containers) for a in far.axes} == {len(R._series(found['peak']['cells'], 192)) - 1} # every series but the authors' reading
     labels = [t.get_text() for t in figs[1].legends[0].get_texts()]
     assert len(labels) == len(set(labels)) and {R.LOOK[k][2] for k in ('coded', 'tail', 'random', 'blend', 'unrelated-end')} < set(labels)
     rows = {r['claim']: r['verdict'] for r in R.verdicts(found['peak'], cfg.restore)}
