@@ -24,7 +24,7 @@ report: $(READY)
 	@$(BIN)/python -m rlsft_nb.report --model $(MODEL)
 
 bundle: $(READY)
-	@$(BIN)/python -m rlsft_nb.bundle pack $(MODEL)
+	@$(BIN)/python -m rlsft_nb.bundle pack $(MODEL) --out bundle-$(MODEL)
 
 # One thread for each of two workers. A run that finds no notebook is a failure, which nbdev_test would call a success.
 # Export, clean and README drift, and pyflakes, are tests/test_repo.py.

@@ -98,10 +98,10 @@ def check_params(ns:dict # `globals()` of a notebook, right after its parameters
         if name in ns: check_value(name, ns[name], getattr(kind, '__name__', kind))
     ns['_params_checked'] = True
 
-# %% ../nbs/core.ipynb #d4c67f4d
+# %% ../nbs/core.ipynb #75aedaa0
 def models() -> list: # names, sorted
     "The models that have a file in params/."
-    return sorted(p.stem for p in (ROOT/'params').glob('*.yaml') if p.stem != 'base')
+    return sorted(p.stem for p in (ROOT/'params').glob('*.yaml') if p.stem not in ('base', 'claims'))
 
 def _read_layer(path) -> dict:
     "One YAML file as a dict."

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 from rlsft_nb import claims, ppo, restore, sft, spectra, theory
-from rlsft_nb.claims import VERDICTS, Records, difference, judge, judge_claims, load_claims, needed, needed_paired, newcombe, over_seeds, own_numbers, seeds_of, table, tally, to_markdown
+from rlsft_nb.claims import VERDICTS, difference, judge_claims, load_claims, needed, needed_paired, newcombe, over_seeds, own_numbers, seeds_of, table, tally, to_markdown
 from rlsft_nb.core import ROOT, ParamError, load_params, mcnemar, models, wilson, write_json
 from rlsft_nb.models import clusters
 

@@ -34,7 +34,8 @@ def test_terminal(repo):
 def test_pipe_other_seed_and_module(repo):
     r = pipe('python -m papermill nbs/00_toy.ipynb -p seed 1 -y "overrides: {sft: {lr: 2.0e-6}}" -p lr 1 | cat', repo)
     assert r.stdout == '' and 'runs/tiny/00_toy-seed1.ipynb' in files(repo), r.stderr
-    assert read_json(repo/'figures/tiny/toy.json') == dict(n=3, seed=1)
+    made = read_json(repo/'figures/tiny/toy-seed1.json')
+    assert (made['n'], made['seed'], list(made['stages'])) == (3, 1, [p.parent.name.join(['tiny/', '']) for p in (repo/'runs'/'tiny').glob('toy-*/done.json')])
     assert 'lr: 2.0e-06' in (repo/'runs/tiny/00_toy-seed1.ipynb').read_text()
 
 def test_switches_may_be_spelt_in_lower_case(repo):
