@@ -390,7 +390,8 @@ class Scripted: # answers that depend on the prompt alone
     def __call__(self, prompts): return [[sum(p)*(k + 7) % 400 for k in range(1 + sum(p) % 4)] for p in prompts]
 
 RANKS = '''
-import json, sys, torch
+import faulthandler, json, sys, torch
+faulthandler.dump_traceback_later(150) # where it hangs, if it hangs
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from rlsft_nb import ppo
@@ -427,8 +428,8 @@ def test_two_processes_stay_in_step_resume_and_do_what_one_does(pico, tmp_path, 
     (tmp_path/'ranks.py').write_text(RANKS)
     monkeypatch.setenv('PYTHONPATH', os.path.dirname(__file__))
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', '2', str(tmp_path/'ranks.py'), kind]
-    got = subprocess.run([*launch, json.dumps(over), str(pico['qwen2']), str(tmp_path)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    assert (tmp_path/'scripted'/'trained.json').is_file(), got.stderr[-3000:] + got.stdout[-1000:]
+    with open(tmp_path/'said', 'w') as f: subprocess.run(['timeout', '300', *launch, json.dumps(over), str(pico['qwen2']), str(tmp_path)], stdin=subprocess.DEVNULL, stdout=f, stderr=f)
+    assert (tmp_path/'scripted'/'trained.json').is_file(), (tmp_path/'said').read_text()[-4000:]
     log, again, two = (read_json(tmp_path/name/'trained.json')['log'] for name in ('whole', 'again', 'scripted'))
     assert [l['hands'] for l in log] == [8, 8] and all(math.isfinite(l['grad_norm']) for l in log)
     assert [l['update'] for l in again] == [1, 2] and again[1]['kl'] == log[1]['kl']
