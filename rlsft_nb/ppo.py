@@ -10,7 +10,7 @@ __all__ = ['MARK', 'AUTHORS', 'Trace', 'tail_ids', 'extend', 'rollout', 'Bank', 
            'starts', 'sweep_item', 'sweep_stage', 'policy', 'named', 'main', 'fig_sweep', 'sweep_rows', 'sweep_command',
            'table', 'spearman', 'verdicts']
 
-# %% ../nbs/03_ppo.ipynb #04bdcd09
+# %% ../nbs/03_ppo.ipynb #74cbb36d
 import json, math, os, random, shutil, sys, time
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
@@ -31,7 +31,7 @@ from .core import ParamError, Problem, Stage, _tell, atomic_write, map_items, mc
 from .game import OUTCOMES, deal, feedback_turn, multisets, prompt, verify
 from .launch import freeze_idle, gathered, keep_fp32, options, resolved, run_on_many, tell
 from .models import ModelError, _until_stop, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, world
-from .sft import curve_stage, decides, kept, sft_stage
+from .sft import curve_stage, decides, kept, named_stage, sft_stage
 from . import sft
 
 # %% ../nbs/03_ppo.ipynb #ebe17af3
@@ -558,11 +558,13 @@ def starts(curve:dict,  # results of `curve_stage`
     wanted = [2*peak/3, peak, *(peak + (end - peak)*i/(between + 1) for i in range(1, between + 1)), end]
     return sorted({near(x) for x in wanted})
 
-# %% ../nbs/03_ppo.ipynb #8e94852e
+# %% ../nbs/03_ppo.ipynb #0487bc1e
 def sweep_item(cfg, step:int, seed:int) -> dict: # step, before, after, log
     "RL from one start, scored before and after; a worker function."
-    after, before = score_stage(cfg, step, seed).results(), score(kept(cfg, seed)[step], cfg, 'test', ['ID', 'OOD'], cfg.game.attempts)
-    return dict(step=step, before=before, after=after, log=rl_stage(cfg, step, seed).results()['log'])
+    curve, log, after = curve_stage(cfg, seed).results(), rl_stage(cfg, step, seed).results()['log'], score_stage(cfg, step, seed).results()
+    told = {curve['peak']: 'peak', curve['end']: 'end'}.get(step) # scored already
+    before = named_stage(cfg, seed).results()[told]['within'] if told else score(kept(cfg, seed)[step], cfg, 'test', ['ID', 'OOD'], cfg.game.attempts)
+    return dict(step=step, before=before, after=after, log=log)
 
 def sweep_stage(cfg, seed:int=0) -> Stage:
     "RL from several starts, each scored before and after; results: points (one a start)."
