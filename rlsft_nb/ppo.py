@@ -411,7 +411,7 @@ def export(acc, model, tok, folder) -> Path:
     acc.wait_for_everyone()
     return Path(folder)
 
-# %% ../nbs/03_ppo.ipynb #ee4ca9f4
+# %% ../nbs/03_ppo.ipynb #3eee522b
 def _states(folder): return sorted(folder.glob('state-*'), key=lambda p: int(p.name.split('-')[1]))
 
 def keep_state(acc, folder, done:int, start:str):
@@ -420,6 +420,7 @@ def keep_state(acc, folder, done:int, start:str):
     if acc.is_main_process: shutil.rmtree(new, ignore_errors=True)
     acc.wait_for_everyone()
     acc.save_state(str(new))
+    acc.wait_for_everyone() # each process writes its own part
     if acc.is_main_process:
         write_json(new/'start.json', dict(start=str(start)))
         os.replace(new, folder/f'state-{done}')
