@@ -9,7 +9,7 @@ __all__ = ['REPO', 'NBS', 'Engine', 'notebook_params', 'parse_command', 'guess',
            'refresh', 'main']
 
 # %% ../nbs/paper.ipynb #838f9779
-import ast, base64, hashlib, json, os, re, shutil, subprocess, sys, tempfile, threading, time
+import ast, base64, hashlib, io, json, os, re, shutil, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import click
@@ -407,6 +407,15 @@ def drift() -> list: # names of files that differ, empty where all is well
         same = lambda p: (REPO/p).is_file() and (new/p).is_file() and (REPO/p).read_bytes() == (new/p).read_bytes()
         return sorted({str(p) for p in kept if not same(p)})
 
+def _thumbnail(png:str # base64
+    ) -> str:
+    "A smaller picture in few colours, the same for the same data."
+    from PIL import Image # comes with matplotlib
+    im = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
+    im.thumbnail((640, 2000))
+    im.quantize(24, dither=Image.Dither.NONE).save(out := io.BytesIO(), 'png', optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
 def refresh(names:list # notebooks such as 'core'; all where empty
     ):
     "Run notebooks in place with their defaults, so that their stored outputs are of today."
@@ -417,6 +426,7 @@ def refresh(names:list # notebooks such as 'core'; all where empty
     for p in [NBS/f'{n}.ipynb' for n in names] or sorted(NBS.glob('*.ipynb')):
         nb = nbformat.read(p, 4)
         NotebookClient(nb, timeout=None, kernel_name='python3', resources=dict(metadata=dict(path=str(NBS)))).execute()
+        for data in [o['data'] for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]: data['image/png'] = _thumbnail(data['image/png'])
         nbformat.write(nb, p)
         nbdev_clean(str(p))
 

@@ -9,8 +9,8 @@ __all__ = ['CUT', 'NULLS', 'BYTES', 'GUIDE', 'RANGE', 'COLUMNS', 'READINGS', 'Sp
            'bands', 'lead', 'compared', 'beyond', 'split_update', 'entry_masks', 'update_mask', 'ranks', 'measure',
            'end_alignment', 'full_precision', 'coded_rank', 'as_coded', 'open_weights', 'measure_pair', 'measure_ends',
            'compare', 'summary', 'draw_values', 'draw_principal', 'draw_vectors', 'long_side', 'fig_pair',
-           'fig_overview', 'median_interval', 'against', 'headline', 'write_report', 'main', 'pairs', 'pair_stage',
-           'fig3', 'trimmed', 'values_part', 'angles_part', 'fig4', 'fig_law', 'sizes', 'fig_size', 'verdicts',
+           'fig_overview', 'median_interval', 'against', 'headline', 'write_report', 'main', 'fig_law', 'pairs',
+           'pair_stage', 'fig3', 'trimmed', 'values_part', 'angles_part', 'fig4', 'sizes', 'fig_size', 'verdicts',
            'seed_numbers', 'seeds_table']
 
 # %% ../nbs/04_spectra.ipynb #d3fe0902
@@ -763,6 +763,19 @@ def main(argv:list=None) -> int: # exit code
     except (ValueError, OSError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
     return 0
 
+# %% ../nbs/04_spectra.ipynb #45c6aae6
+def fig_law():
+    "The law of random subspaces for the matrices of the paper's figure 4, and the range it reports."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 3), layout='constrained')
+    ax.fill_between([0, 1], [25, 90], [30, 90], color=RANGE[0], lw=0)
+    ax.axhspan(25, 30, color=RANGE[0], label='the paper: starts at 25 to 30°, ends at 90°')
+    for (d, k, name), color in zip(((14336, 4096, 'up_proj, left'), (4096, 1024, 'k_proj and v_proj, right')), ('C0', 'C1')):
+        ax.plot(np.linspace(0, 1, 200), random_angles(d, k, 200), '--', color=color, label=f'random: {name}, {k} of {d}')
+    ax.set(xlabel='index of the angle, as a share of all', ylabel='principal angle (°)', ylim=(0, 92))
+    ax.legend(fontsize=8)
+    return fig
+
 # %% ../nbs/04_spectra.ipynb #bfc60757
 def pairs(points:dict # base, peak, end, and rl where there is RL; folders or model names
     ) -> dict:        # label -> (reference, other)
@@ -847,19 +860,6 @@ def fig4(found:dict, names:list, title:str): # as `fig3`
             draw_vectors(row[3], cor, long_side(cor), color, label)
     for ax in axes[-1]: ax.set_xlabel('index i', fontsize=8)
     _legend(fig, _labels(found), [*GUIDE, RANGE])
-    return fig
-
-# %% ../nbs/04_spectra.ipynb #45c6aae6
-def fig_law():
-    "The law of random subspaces for the matrices of the paper's figure 4, and the range it reports."
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(5, 3), layout='constrained')
-    ax.fill_between([0, 1], [25, 90], [30, 90], color=RANGE[0], lw=0)
-    ax.axhspan(25, 30, color=RANGE[0], label='the paper: starts at 25 to 30°, ends at 90°')
-    for (d, k, name), color in zip(((14336, 4096, 'up_proj, left'), (4096, 1024, 'k_proj and v_proj, right')), ('C0', 'C1')):
-        ax.plot(np.linspace(0, 1, 200), random_angles(d, k, 200), '--', color=color, label=f'random: {name}, {k} of {d}')
-    ax.set(xlabel='index of the angle, as a share of all', ylabel='principal angle (°)', ylim=(0, 92))
-    ax.legend(fontsize=8)
     return fig
 
 # %% ../nbs/04_spectra.ipynb #733fc7e5

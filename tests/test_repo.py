@@ -35,7 +35,7 @@ def test_stored_outputs(nb):
     outs = [o for c in code(nb) for o in c['outputs']]
     text = json.dumps([{k: v for k, v in o.get('data', o).items() if not k.startswith('image/')} for o in outs])
     figures = any('image/png' in o.get('data', {}) for o in outs)
-    assert len(json.dumps(outs)) < (150_000 if figures else 50_000)
+    assert len(json.dumps(outs)) < (450_000 if figures else 50_000)
     assert not re.search(r'/(home|root|Users|tmp|private|work)/|[A-Z]:\\\\', text) and str(ROOT) not in text, 'an absolute path in a stored output'
     assert not re.search(r'\d+%\|| at 0x[0-9a-f]{6}', text), 'a progress bar or an address in a stored output'
     assert not any(o['output_type'] == 'error' for o in outs), 'a stored error'

@@ -112,7 +112,7 @@ def test_planted_rotation(angles, extra, seed):
     A, B = Q[:, :k] @ R1, (Q[:, :k]*t.cos() + Q[:, k:2*k]*t.sin()) @ R2
     got = principal_angles(B, A, k)
     assert (got - t.sort().values).abs().max() < 1e-8
-    assert np.abs(got.numpy() - np.sort(scipy.linalg.subspace_angles(A.numpy(), B.numpy()))).max() < 1e-8
+    assert np.abs(got.numpy() - np.sort(scipy.linalg.subspace_angles(A.numpy(), B.numpy()))).max() < 5e-8 # at a right angle scipy itself is 2e-8 off
     assert (nested_angles(*overlap(B, A), k, d) - got).abs().max() < 5e-8
 
 @given(st.integers(1, 14), st.integers(1, 14), st.integers(0, 9))
