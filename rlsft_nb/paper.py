@@ -426,7 +426,9 @@ def refresh(names:list # notebooks such as 'core'; all where empty
     for p in [NBS/f'{n}.ipynb' for n in names] or sorted(NBS.glob('*.ipynb')):
         nb = nbformat.read(p, 4)
         NotebookClient(nb, timeout=None, kernel_name='python3', resources=dict(metadata=dict(path=str(NBS)))).execute()
-        for data in [o['data'] for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]: data['image/png'] = _thumbnail(data['image/png'])
+        for c in (c for c in nb.cells if c.cell_type == 'code'):
+            c.outputs = [o for o in c.outputs if o.get('name') != 'stderr'] # warnings and bars
+            for data in (o['data'] for o in c.outputs if 'image/png' in o.get('data', {})): data['image/png'] = _thumbnail(data['image/png'])
         nbformat.write(nb, p)
         nbdev_clean(str(p))
 

@@ -27,7 +27,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from .core import Stage, atomic_write, map_items, mean_spread, run_stage, runs_root, wilson, write_json
-from .models import load_lm, locate, save_lm
+from .models import converted, locate
 from .weights import Checkpoint, paired, read_matrix
 
 # %% ../nbs/04_spectra.ipynb #25807f5f
@@ -471,10 +471,7 @@ def open_weights(where, # a file in params/, a folder, a .safetensors or .gguf f
     "The weights of a model, wherever they are; a GGUF file is converted once."
     if Path(where).suffix == '.safetensors': return Checkpoint(where)
     folder, revision, gguf = locate(str(where), cfg)
-    if not gguf: return Checkpoint(folder, revision or '')
-    plain = runs_root()/'gguf'/Path(gguf).stem
-    if not (plain/'config.json').is_file(): save_lm(*load_lm(str(Path(folder)/gguf)), plain)
-    return Checkpoint(plain)
+    return Checkpoint(converted(Path(folder)/gguf)) if gguf else Checkpoint(folder, revision or '')
 
 def _device() -> str:
     "The GPU of this rank, or the CPU."
