@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 ini = ConfigParser(delimiters=['='])
 ini.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
-extras = {n: cfg[f'{n}_requirements'].split() for n in ('dev', 'smollm2', 'workflow', 'deepspeed')}
+extras = {n: cfg[f'{n}_requirements'].split() for n in ('dev', 'smollm2', 'workflow', 'deepspeed', 'vllm')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],

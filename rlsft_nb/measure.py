@@ -7,7 +7,7 @@ __all__ = ['SHEET', 'RUNS', 'PLANNED', 'first_layers', 'standing_in', 'random_ch
            'sft_steps', 'long_hand', 'ppo_update', 'rollout', 'scoring', 'spectra_layer', 'restore_layer', 'alone',
            'foretold', 'deepest', 'measure', 'lines', 'main']
 
-# %% ../nbs/measure.ipynb #4ad2f29a
+# %% ../nbs/measure.ipynb #b5291a33
 import argparse, random, statistics, sys, tempfile, time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from . import ppo, restore, sft, spectra
 from .core import Problem, _pool, gpus, load_params, named_function, peak_mib, provenance, save_record, threads
 from .game import Verdict
-from .models import EMBEDDED, _class, device, generate_ids, load_lm, save_lm
+from .models import EMBEDDED, _class, arithmetic, device, generate_ids, load_lm, save_lm
 from .paper import _mapping
 from .plan import GIB, H100, STAGES, _with, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds
 
@@ -112,7 +112,7 @@ def ppo_update(cfg) -> dict:
     rate = sum(len(t.ids) for t in traces)/took(learn, str(acc.device), 2)
     return dict(tokens_s=rate, flops_s=(2 + 6)*_weights(sizes(cfg))*rate, arithmetic='bfloat16' if acc.mixed_precision == 'bf16' else 'float32')
 
-# %% ../nbs/measure.ipynb #241c1aa8
+# %% ../nbs/measure.ipynb #2cf6a7db
 def _asked(cfg, vocab, hands): # prompts after which the longest hand ends
     n = lengths(cfg).longest - cfg.eval.max_new_tokens
     return torch.randint(vocab, (hands, n)).tolist()
@@ -124,17 +124,22 @@ def _decoding(cfg, dev, asked, answer): # tokens a second after the prompts, and
     prompts, whole = took(lambda: run(1), dev, 1), took(lambda: run(n), dev, 1)
     return dict(tokens_s=(sum(map(len, said)) - len(said))/(whole - prompts), bytes_s=(n - 1)*width*_weights(sizes(cfg))/(whole - prompts))
 
+def _in_its_arithmetic(cfg, answer):
+    def run(*a):
+        with arithmetic(cfg): return answer(*a)
+    return run
+
 def rollout(cfg) -> dict:
     "Answers to the last prompts of long hands."
     hands, dev = min(cfg.eval.batch, cfg.ppo.episodes), device(cfg)
     lm, tok = load_lm(cfg.name, cfg, dev, cfg.model.dtype)
-    return _decoding(cfg, dev, _asked(cfg, len(tok), hands), lambda asked, n: ppo.Player(lm, tok, n, cfg.ppo.temperature)(asked))
+    return _decoding(cfg, dev, _asked(cfg, len(tok), hands), _in_its_arithmetic(cfg, lambda asked, n: ppo.Player(lm, tok, n, cfg.ppo.temperature)(asked)))
 
 def scoring(cfg) -> dict:
     "The same by `generate`, greedy."
     hands, dev = min(cfg.eval.batch, cfg.eval.hands), device(cfg)
     lm, tok = load_lm(cfg.name, cfg, dev, cfg.model.dtype)
-    return _decoding(cfg, dev, _asked(cfg, len(tok), hands), lambda asked, n: generate_ids(lm, tok, asked, n, batch_size=hands))
+    return _decoding(cfg, dev, _asked(cfg, len(tok), hands), _in_its_arithmetic(cfg, lambda asked, n: generate_ids(lm, tok, asked, n, batch_size=hands)))
 
 # %% ../nbs/measure.ipynb #c91b8b01
 def _layer(cfg): # (W, W0) of each matrix, on the device

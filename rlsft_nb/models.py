@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'ModelError', 'find_gguf', 'locate', 'weights_id', 'check_finite', 'converted', 'load_lm', 'save_lm',
            'encode', 'stop_ids', 'generate_ids', 'generate', 'rank', 'world', 'my_part', 'woven', 'leave', 'collect',
-           'summarize', 'evaluate', 'cells', 'clusters', 'device', 'score', 'main', 'base_stage']
+           'summarize', 'evaluate', 'cells', 'clusters', 'device', 'arithmetic', 'score', 'main', 'base_stage']
 
 # %% ../nbs/01_models.ipynb #83b6aa7b
 from contextlib import contextmanager
@@ -286,6 +286,10 @@ def device(cfg) -> str: # a torch device
     n, mine = torch.cuda.device_count(), int(os.environ.get('LOCAL_RANK', (current_process()._identity or (1,))[0] - 1))
     return cfg.eval.device if cfg.eval.device != 'auto' else f'cuda:{mine % n}' if n else 'cpu'
 
+def arithmetic(cfg): # a context
+    "Measures in the arithmetic of training: bf16 over the weights as they are, where `sft.bf16` asks for it."
+    return torch.autocast(device(cfg).split(':')[0], torch.bfloat16, enabled=cfg.sft.bf16)
+
 def score(folder:str,           # a checkpoint, see `locate`
           cfg,                  # parameters of its model
           part:str,             # 'val', 'test', 'kept' or 'authors'
@@ -299,7 +303,7 @@ def score(folder:str,           # a checkpoint, see `locate`
     n, g, e = cfg.eval.val_hands if part == 'val' else cfg.eval.hands, cfg.game, cfg.eval
     how = dict(attempts=attempts, target=g.target, feedback=g.feedback, max_new_tokens=e.max_new_tokens, batch_size=e.batch, temperature=temperature, seed=seed)
     two = {g.id_rule: g.ood_rule, g.ood_rule: g.id_rule}
-    return {c: evaluate(lm, tok, hands(part, rule, face)[:n], rule, other=two[rule], **how) for c in names for rule, face in [cells(cfg)[c]]}
+    with arithmetic(cfg): return {c: evaluate(lm, tok, hands(part, rule, face)[:n], rule, other=two[rule], **how) for c in names for rule, face in [cells(cfg)[c]]}
 
 # %% ../nbs/01_models.ipynb #50b399cf
 def main(argv:list=None) -> int: # exit code

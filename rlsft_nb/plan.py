@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'KERNELS', 'SBATCH', 'MANY', 'config_of', 'idle', 'Sizes', 'sizes',
-           'Lengths', 'lengths', 'layer_bytes', 'sft_memory', 'update_memory', 'rollout_memory', 'score_memory',
-           'spectra_memory', 'needed', 'memory', 'host_gib', 'disk_gib', 'advice', 'TooLarge', 'check_fits',
-           'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'cells_of', 'table', 'report',
-           'overrides_of', 'slurm', 'main']
+           'Lengths', 'lengths', 'layer_bytes', 'sft_memory', 'update_memory', 'vllm_bytes', 'rollout_memory',
+           'score_memory', 'spectra_memory', 'needed', 'memory', 'host_gib', 'disk_gib', 'advice', 'TooLarge',
+           'check_fits', 'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'cells_of', 'table',
+           'report', 'overrides_of', 'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
 import argparse, json, math, shlex, sys
@@ -125,21 +125,27 @@ def sft_memory(cfg, s:Sizes, n:int) -> dict: # part -> bytes on each of `n` GPUs
 
 def update_memory(cfg, s, n) -> dict:
     "A step of PPO on hands of the greatest length; logits stand in chunks of 2^26 (nbs/03_ppo.ipynb)."
-    tokens, c = cfg.ppo.micro*lengths(cfg).longest, 2 if n > 1 else 4
+    tokens, c = cfg.ppo.micro*lengths(cfg).longest, 2 if n > 1 or cfg.sft.bf16 else 4
     more = {'reference model': s.params*_width(cfg.model.dtype)} if cfg.ppo.kl_coef else {}
-    return _state(s, cfg, n) | _whole(s, n, c) | more | {'activations': _activations(s, tokens, c, cfg.ppo.checkpointing), 'logits': 4*4*min(tokens*s.vocab, 2**26)}
+    return _state(s, cfg, n) | _whole(s, n, c) | more | {'vLLM': vllm_bytes(cfg, s, n), 'activations': _activations(s, tokens, c, cfg.ppo.checkpointing), 'logits': 4*4*min(tokens*s.vocab, 2**26)}
 
 def _cache(cfg, s, hands, c): return 2*s.depth*s.kv*c*lengths(cfg).longest*min(cfg.eval.batch, hands)
 
+def vllm_bytes(cfg, s, n) -> float:
+    "What vLLM keeps of each GPU for a whole run of PPO: weights and keys in bf16 and what is set aside, unless `launch.vllm_gib` says otherwise."
+    if cfg.launch.engine != 'vllm': return 0.
+    return GIB*(cfg.launch.vllm_gib or needed({'weights': 2*s.params, 'KV cache': _cache(cfg, s, math.ceil(cfg.ppo.episodes/n), 2)}))
+
 def rollout_memory(cfg, s, n) -> dict:
-    "Playing hands for PPO, with the training state in place; weights are gathered layer by layer, so there is no second copy."
-    c = 2 if n > 1 else 4
-    return _state(s, cfg, n) | {'gathered weights': c*(2*s.layer + s.embed + s.head) if n > 1 else 0, 'rollout copy': 0, 'KV cache': _cache(cfg, s, math.ceil(cfg.ppo.episodes/n), c)}
+    "Playing hands for PPO, with the training state in place; weights are gathered layer by layer, so there is no second copy but vLLM's."
+    c = 2 if n > 1 or cfg.sft.bf16 else 4
+    if own := vllm_bytes(cfg, s, n): return _state(s, cfg, n) | {'vLLM': own, 'a weight on its way to vLLM': 4*max(map(math.prod, s.matrices)) if n > 1 else 0}
+    return _state(s, cfg, n) | {'gathered weights': c*(2*s.layer + s.embed + s.head) if n > 1 else 0, 'copies for bf16': 2*s.trained if n == 1 and c == 2 else 0, 'KV cache': _cache(cfg, s, math.ceil(cfg.ppo.episodes/n), c)}
 
 def score_memory(cfg, s, n) -> dict:
     "Scoring a checkpoint, which each GPU does by itself."
     c = _width(cfg.model.dtype)
-    return {'weights': c*s.params, 'KV cache': _cache(cfg, s, cfg.eval.hands, c), 'logits': 8*s.vocab*min(cfg.eval.batch, cfg.eval.hands)}
+    return {'weights': c*s.params, 'copies for bf16': 2*s.trained if cfg.sft.bf16 and c == 4 else 0, 'KV cache': _cache(cfg, s, cfg.eval.hands, 2 if cfg.sft.bf16 else c), 'logits': 8*s.vocab*min(cfg.eval.batch, cfg.eval.hands)}
 
 def spectra_memory(cfg, s, n) -> dict:
     "The largest matrix in two checkpoints, with its null."
@@ -177,8 +183,9 @@ def disk_gib(cfg, stage:str) -> float:
 
 _half = lambda section, key: lambda c, n: ({section: {key: c[section][key]//2}} if c[section][key] > 1 else None)
 _more = lambda c, n: {'sft': {'accumulate': c.sft.accumulate*2}} if c.sft.batch//c.sft.accumulate % (2*n) == 0 else None
+_plain_rollouts = lambda c, n: {'launch': {'engine': 'hf'}} if c.launch.engine == 'vllm' else None
 _redo = lambda section: lambda c, n: (None if c[section].checkpointing else {section: {'checkpointing': True}})
-CHANGES = {'sft': [_redo('sft'), _more], 'ppo': [_redo('ppo'), _half('ppo', 'micro'), _half('eval', 'batch')], 'score': [_half('eval', 'batch')], 'restore': [_half('eval', 'batch')], 'spectra': []}
+CHANGES = {'sft': [_redo('sft'), _more], 'ppo': [_redo('ppo'), _half('ppo', 'micro'), _half('eval', 'batch'), _plain_rollouts], 'score': [_half('eval', 'batch')], 'restore': [_half('eval', 'batch')], 'spectra': []}
 
 # %% ../nbs/plan.ipynb #4efb15ba
 def _with(cfg, change):
@@ -224,19 +231,20 @@ def sft_hours(cfg, s:Sizes, n:int) -> float:
     per = 8 if cfg.sft.checkpointing else 6 # flops a parameter and token: forward 2, backward 4, once more forward
     return cfg.sft.steps*cfg.sft.batch*lengths(cfg).row*per*s.trained/(n*_rate('bf16'))/3600
 
-def token_seconds(s, n, c) -> float: # one token of every answer in a batch
+def token_seconds(s, n, c, kernels=KERNELS) -> float: # one token of every answer in a batch
     "A decoding step: weights from memory, from the other GPUs where they are sharded, and kernels."
     bytes_ = c*s.trained
-    return bytes_/_rate('memory') + (bytes_*(n - 1)/n/_rate('link') if n > 1 else 0) + s.depth*KERNELS
+    return bytes_/_rate('memory') + (bytes_*(n - 1)/n/_rate('link') if n > 1 else 0) + s.depth*kernels
 
 def score_hours(cfg, s, hands:int, attempts:float=1) -> float:
     "One cell on one GPU; answers of the usual length."
     return math.ceil(hands/cfg.eval.batch)*attempts*lengths(cfg).answer*token_seconds(s, 1, _width(cfg.model.dtype))/3600
 
 def ppo_hours(cfg, s, n) -> float:
-    "All updates of one start, three attempts a hand."
-    p, l, mine = cfg.ppo, lengths(cfg), math.ceil(cfg.ppo.episodes/n)
-    play = math.ceil(mine/cfg.eval.batch)*3*l.answer*token_seconds(s, n, 2 if n > 1 else 4)
+    "All updates of one start, three attempts a hand; vLLM has whole weights, passed to it once an update."
+    p, l, mine, own = cfg.ppo, lengths(cfg), math.ceil(cfg.ppo.episodes/n), cfg.launch.engine == 'vllm'
+    each = token_seconds(s, 1, 2, 0.) if own else token_seconds(s, n, 2 if n > 1 else 4)
+    play = math.ceil(mine/cfg.eval.batch)*3*l.answer*each + own*4*s.params*(n - 1)/n/_rate('link')
     tokens = p.episodes*(l.prompt + 3*(l.answer + l.feedback))
     return p.updates*(play + tokens*s.trained*(2 + p.epochs*(8 if p.checkpointing else 6))/(n*_rate('bf16')))/3600
 

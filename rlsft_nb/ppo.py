@@ -30,8 +30,9 @@ from transformers.cache_utils import Cache
 from .core import ParamError, Problem, Stage, _tell, atomic_write, map_items, mcnemar, read_json, run_stage, threads, write_json
 from .game import OUTCOMES, deal, feedback_turn, multisets, prompt, verify
 from .launch import freeze_idle, gathered, keep_fp32, options, resolved, run_on_many, tell
-from .models import ModelError, _until_stop, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, world
+from .models import ModelError, _until_stop, arithmetic, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, world
 from .sft import curve_stage, decides, kept, named_stage, sft_stage
+from .vllm import end, engine
 from . import sft
 
 # %% ../nbs/03_ppo.ipynb #ebe17af3
@@ -178,7 +179,8 @@ def rl_hands(cfg, seed:int, update:int) -> list: # of four ranks each
 
 # %% ../nbs/03_ppo.ipynb #8e49050f
 def _answered(hidden, said, head, temperature): # log-probability of `said` and entropy, rows in fp32
-    logp = (head(hidden).float()/temperature).log_softmax(-1)
+    with torch.autocast(hidden.device.type, enabled=False): logits = head(hidden.to(head.weight.dtype)) # fp32 weights: fp32 logits
+    logp = (logits.float()/temperature).log_softmax(-1)
     return logp.gather(-1, said[:, None])[:, 0], -(logp.exp()*logp).sum(-1)
 
 class _WithValue:
@@ -398,7 +400,7 @@ def setup(acc, cfg, start:str, seed:int) -> tuple: # model and optimizer as prep
 
 def accelerator(cfg) -> Accelerator:
     "One process here, as many as `accelerate launch` started there."
-    acc = keep_fp32(Accelerator(cpu=device(cfg) == 'cpu'))
+    acc = keep_fp32(Accelerator(cpu=device(cfg) == 'cpu', mixed_precision='bf16' if cfg.sft.bf16 else None))
     if acc.distributed_type.value == 'DEEPSPEED': raise ParamError("launch.config: DeepSpeed would step at every backward pass of PPO; expected 'fsdp2'")
     acc.gradient_accumulation_steps = 1 # `step` adds up micro-batches itself
     return acc
@@ -454,30 +456,35 @@ def chance(acc, seed:int, u:int, what:str) -> random.Random:
     "The source of chance for one purpose, update and process."
     return random.Random(f'{seed} {u} {acc.process_index} {what}')
 
-def play_update(acc, lm, tok, cfg, seed:int, u:int) -> list: # of `Trace`
+def play_update(acc, lm, tok, cfg, seed:int, u:int,
+                vllm=None # a `VLLMPlayer`; Hugging Face where None
+    ) -> list:            # of `Trace`
     "The hands of one update, played by this process."
     most = lambda n: n if acc.num_processes == 1 else int(acc.gather(torch.tensor([n], device=acc.device)).max())
     stops, hands, traces = stop_ids(lm, tok), rl_hands(cfg, seed, u)[acc.process_index::acc.num_processes], []
+    if vllm: vllm.renew()
     for i in range(0, len(hands), cfg.eval.batch):
         draw = chance(acc, seed, u, f'sampling {i}').getrandbits(31)
-        ask = Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature, draw, most)
-        traces += rollout(ask, tok, stops, hands[i:i + cfg.eval.batch], cfg.game, most)
+        ask = vllm.asking(draw) if vllm else Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature, draw, most)
+        with arithmetic(cfg): traces += rollout(ask, tok, stops, hands[i:i + cfg.eval.batch], cfg.game, most) # weights are rounded once, not once a token
     return traces
 
-def play_and_learn(acc, model, opt, tok, ref, cfg, seed:int, u:int) -> dict: # the log's line
+def play_and_learn(acc, model, opt, tok, ref, cfg, seed:int, u:int, vllm=None) -> dict: # the log's line
     "One update: deal, play, learn."
     p, lm, start, fall = cfg.ppo, acc.unwrap_model(model), time.perf_counter(), set_rates(opt, cfg.ppo, u)
     model.eval()
-    traces = play_update(acc, lm, tok, cfg, seed, u)
+    traces = play_update(acc, lm, tok, cfg, seed, u, vllm)
     middle = time.perf_counter()
     learned = update(acc, model, opt, traces, p, tok.pad_token_id, chance(acc, seed, u, 'order'), ref)
     seen, end = played(acc, traces, stop_ids(lm, tok)), time.perf_counter()
-    return dict(update=u, **seen, **learned, lr=p.lr*fall, tokens_s=seen['tokens']/(end - start), rollout_s=middle - start, update_s=end - middle)
+    line = dict(update=u, **seen, **learned, lr=p.lr*fall, tokens_s=seen['tokens']/(end - start), rollout_s=middle - start, update_s=end - middle)
+    return line | (dict(engine='vllm') if vllm else {})
 
 # %% ../nbs/03_ppo.ipynb #44b72f2e
 def check_ppo(cfg, processes:int=1):
     "Raises `ParamError` for settings that cannot work."
     p = cfg.ppo
+    if cfg.launch.engine not in ('hf', 'vllm'): raise ParamError(f"launch.engine={cfg.launch.engine!r}: expected 'hf' or 'vllm'")
     if p.credit not in ('turn', 'token'): raise ParamError(f"ppo.credit={p.credit!r}: expected 'turn' or 'token'")
     for name in ('updates', 'episodes', 'batch', 'micro', 'epochs', 'save_every'):
         if p[name] < 1: raise ParamError(f'ppo.{name}={p[name]}: expected a positive integer')
@@ -485,6 +492,7 @@ def check_ppo(cfg, processes:int=1):
         if not 0 < p[name] < math.inf: raise ParamError(f'ppo.{name}={p[name]}: expected a positive number')
     for name in ('gamma', 'lam', 'lr_end'):
         if not 0 <= p[name] <= 1: raise ParamError(f'ppo.{name}={p[name]}: expected a number from 0 to 1')
+    if cfg.launch.engine == 'vllm' and p.temperature < .01: raise ParamError(f'ppo.temperature={p.temperature}: launch.engine=vllm samples at 0.01 or above')
     if p.episodes % p.batch: raise ParamError(f'ppo.episodes={p.episodes} is no multiple of ppo.batch={p.batch}')
     if p.batch % processes: raise ParamError(f'ppo.batch={p.batch} is no multiple of {processes} processes')
 
@@ -502,10 +510,11 @@ def train_ppo(cfg,        # from `load_params`
     with threads(cfg.threads):
         model, opt, tok, ref = setup(acc, cfg, start, seed)
         done = resume(acc, folder, start)
-        for u in _bar(acc, Path(start).name, done, cfg.ppo.updates):
-            line = play_and_learn(acc, model, opt, tok, ref, cfg, seed, u)
-            if acc.is_main_process: _note(folder, line)
-            if u % cfg.ppo.save_every == 0 or u == cfg.ppo.updates: keep_state(acc, folder, u, start)
+        with engine(acc, acc.unwrap_model(model), tok, cfg) as vllm:
+            for u in _bar(acc, Path(start).name, done, cfg.ppo.updates):
+                line = play_and_learn(acc, model, opt, tok, ref, cfg, seed, u, vllm=vllm)
+                if acc.is_main_process: _note(folder, line)
+                if u % cfg.ppo.save_every == 0 or u == cfg.ppo.updates: keep_state(acc, folder, u, start)
         export(acc, model, tok, folder/'policy')
     if acc.is_main_process: write_json(folder/'trained.json', dict(policy='policy', log=read_log(folder)))
     acc.wait_for_everyone()
@@ -595,7 +604,7 @@ def main(argv:list=None) -> int: # exit code
         st = rl_stage(cfg, cfg.sft.checkpoints[-1] if args.start is None else args.start, args.seed)
     except Problem as e: tell(e); return 1
     if not rank(): print(st.path/'policy')
-    leave()
+    end(); leave()
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

@@ -31,7 +31,7 @@ from torch import Tensor
 from .core import (DiskError, ParamError, Problem, Stage, StageBusy, atomic_write, cluster_interval, make_dir, map_items, mcnemar, mean_spread,
                           progress, read_json, run_stage, runs_root, write_json)
 from .game import hands
-from .models import cells, clusters, device, evaluate, load_lm
+from .models import arithmetic, cells, clusters, device, evaluate, load_lm
 from .plan import idle
 from .sft import curve_stage, decides, kept, named, sft_stage
 from . import ppo
@@ -632,7 +632,7 @@ def score_cell(target:str,    # checkpoint that is edited
     edited = w.put(**spec, seed=seed)
     how = dict(target=g.target, feedback=g.feedback, max_new_tokens=e.max_new_tokens, batch_size=e.batch)
     def played(n, attempts): return {c: evaluate(w.lm, w.tok, hands('test', *cells(cfg)[c])[:n], cells(cfg)[c][0], attempts, **how) for c in ('ID', 'OOD')}
-    return played(e.hands, 1) | dict(edit=edited) | (dict(within=played(within, g.attempts)) if within else {})
+    with arithmetic(cfg): return played(e.hands, 1) | dict(edit=edited) | (dict(within=played(within, g.attempts)) if within else {})
 
 # %% ../nbs/05_restore.ipynb #df7e9e8c
 def layer_groups(depth:int,   # number of layers

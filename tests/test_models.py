@@ -112,6 +112,29 @@ def test_sampling_filters_of_a_checkpoint_are_off(tiny):
         assert generate(lm, tok, chats) == generate(lm, tok, chats, seed=9)
     finally: lm.generation_config = type(lm.generation_config).from_dict(before)
 
+# arithmetic and checkpoints
+
+def test_bf16_is_of_the_arithmetic_and_leaves_the_weights(tiny):
+    lm, tok = tiny
+    x = torch.tensor(encode(tok, [prompt(hands('val', n=1)[0])]))
+    def seen(bf16):
+        with arithmetic(load_params('tiny', dict(sft=dict(bf16=bf16)))), torch.no_grad(): return lm(x).logits
+    plain, other = seen(False), seen(True)
+    assert torch.equal(plain, lm(x).logits) and other.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in lm.parameters())
+    assert 0 < (plain - other).abs().max() < .05*plain.abs().max()
+
+@pytest.mark.parametrize('kind', ['qwen2', 'llama'])
+def test_a_saved_checkpoint_is_one_for_plain_transformers(pico, kind, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    lm, tok = load_lm(str(pico[kind]))
+    for p in lm.parameters(): p.data.add_(.01*torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))) # trained, as it were
+    again, info = AutoModelForCausalLM.from_pretrained(save_lm(lm, tok, tmp_path/'new'), output_loading_info=True)
+    assert not info['missing_keys'] and (again.lm_head.weight is again.model.embed_tokens.weight) == (kind == 'llama')
+    chats = [prompt(h) for h in hands('val', n=3)]
+    x = [AutoTokenizer.from_pretrained(tmp_path/'new').apply_chat_template(c, add_generation_prompt=True, return_tensors='pt', return_dict=True) for c in chats]
+    alone = [again.generate(**i, max_new_tokens=8, do_sample=False)[0, i['input_ids'].shape[1]:].tolist() for i in x]
+    assert generate_ids(lm, tok, encode(tok, chats), max_new_tokens=8) == alone
+
 # scores
 
 def player(rule): return lambda chats: [answer(h, rule, solve(values(h, rule))[0]) for h in (json.loads(c[0]['content'].split('Cards: ')[1].split('\n')[0]) for c in chats)]

@@ -79,6 +79,19 @@ def test_advice_makes_it_fit(stage, change, gib):
     over = yaml.safe_load(said[4:-1])['overrides']
     assert needed(memory(_with(cfg, over), stage, 4)) <= gib
 
+def test_vllm_counts_in_rollouts_and_updates():
+    import yaml
+    cfg = load_params('qwen7b')
+    own, s = _with(cfg, dict(launch=dict(engine='vllm'))), sizes(cfg)
+    keys = 57_344*lengths(cfg).longest*16 # hands of one GPU
+    assert vllm_bytes(own, s, 4) == pytest.approx(1.1*(2*s.params + keys) + 2*2**30) and vllm_bytes(cfg, s, 4) == 0
+    assert vllm_bytes(_with(own, dict(launch=dict(vllm_gib=30.))), s, 4) == 30*2**30
+    for f in (rollout_memory, update_memory): assert f(own, s, 4)['vLLM'] == vllm_bytes(own, s, 4) and not f(cfg, s, 4).get('vLLM')
+    assert needed(memory(own, 'ppo', 4)) - needed(memory(cfg, 'ppo', 4)) == pytest.approx(1.1*vllm_bytes(own, s, 4)/2**30)
+    assert needed(memory(own, 'ppo', 4)) < 80 and ppo_hours(own, s, 4) < ppo_hours(cfg, s, 4)
+    assert needed(memory(own, 'ppo', 4)) > 50 > needed(memory(_with(own, yaml.safe_load(advice(own, 'ppo', 4, 50)[4:-1])['overrides']), 'ppo', 4))
+    assert "engine: hf" in advice(_with(own, dict(ppo=dict(micro=1), eval=dict(batch=1))), 'ppo', 4, 50)
+
 def test_where_nothing_helps_it_says_how_many_gpus():
     assert advice(load_params('qwen7b'), 'sft', 1, 70) == '4 GPUs' and needed(memory(load_params('qwen7b'), 'sft', 4)) <= 80
     assert advice(load_params('qwen7b'), 'spectra', 4, 40).startswith('GPUs of ')

@@ -404,19 +404,24 @@ if kind == "fsdp2": # accelerate itself never shards on CPU
     acc.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True, cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT")
     PartialState._shared_state["distributed_type"] = acc.state.distributed_type = DistributedType.FSDP
 assert acc.num_processes == 2
-def train(name, **more):
+def train(name, engine="hf", **more):
     acc.free_memory()
-    ppo.train_ppo(load_params("tiny", over | dict(ppo=over["ppo"] | more)), start, f"{folder}/{name}", 1, acc)
+    ppo.train_ppo(load_params("tiny", over | dict(ppo=over["ppo"] | more, launch=dict(engine=engine))), start, f"{folder}/{name}", 1, acc)
 train("whole")
 learn = ppo.play_and_learn
-def stop(*args):
+def stop(*args, **more):
     if args[-1] == 2: raise KeyboardInterrupt
-    return learn(*args)
+    return learn(*args, **more)
 ppo.play_and_learn = stop
 try: train("again")
 except KeyboardInterrupt: pass
 ppo.play_and_learn = learn
 train("again")
+import test_vllm
+test_vllm.stand_in(lambda x, name, value, raising=True: setattr(x, name, value))
+train("vllm", "vllm")
+assert len(test_vllm.vllm._kept) == 1 # not closed: with vLLM would go the group
+json.dump(test_vllm.LLM.made[0].synced, open(f"{folder}/synced-{acc.process_index}.json", "w"))
 ppo.Player = Scripted
 train("scripted", updates=1, batch=8)
 acc.end_training()
@@ -433,6 +438,9 @@ def test_two_processes_stay_in_step_resume_and_do_what_one_does(pico, tmp_path, 
     log, again, two = (read_json(tmp_path/name/'trained.json')['log'] for name in ('whole', 'again', 'scripted'))
     assert [l['hands'] for l in log] == [8, 8] and all(math.isfinite(l['grad_norm']) for l in log)
     assert [l['update'] for l in again] == [1, 2] and again[1]['kl'] == log[1]['kl']
+    own = read_json(tmp_path/'vllm'/'trained.json')['log'] # sharded weights came whole, under names that the engine knows
+    assert [{k: l[k] for k in ('reward', 'length', 'kl')} for l in own] == [pytest.approx({k: l[k] for k in ('reward', 'length', 'kl')}, rel=1e-3) for l in log] and own[1]['engine'] == 'vllm'
+    assert all(sorted(read_json(tmp_path/f'synced-{r}.json')) == sorted([*load_file(pico['qwen2']/'model.safetensors')]*2) for r in (0, 1))
     assert same(weights(tmp_path/'again'/'policy'), weights(tmp_path/'whole'/'policy')) and not same(weights(tmp_path/'whole'/'policy'), weights(pico['qwen2']))
     monkeypatch.setattr(ppo, 'Player', Scripted)
     one = train_ppo(load_params('tiny', over | dict(ppo=over['ppo'] | dict(updates=1, batch=8))), str(pico['qwen2']), tmp_path/'one', 1)['log']
