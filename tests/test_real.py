@@ -1,5 +1,5 @@
 "The large models' own parameter files, run from end to end on random pico checkpoints put in place by an override."
-import json, os, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 from rlsft_nb.core import ROOT, load_params, read_json
@@ -8,8 +8,8 @@ from rlsft_nb.plan import idle
 
 SMALL = dict(needs=dict(gpus=0), launch=dict(processes=1), workers=1, threads=1, # no GPU here, and nothing to share
              sft=dict(steps=4, checkpoints=[2, 4], hands=32, batch=8, warmup=2, loss_hands=4, log_every=1, bf16=False, lr=1.0e-3), eval=dict(hands=8, val_hands=4, max_new_tokens=4),
-             ppo=dict(updates=1, episodes=4, batch=4, micro=2, epochs=1, between=1), spectra=dict(draws=1),
-             restore=dict(draws=20, ranks=[.2, 1.], prefixes=[.5], bands=1, place_ranks=[.5], coded_ranks=[.5], blends=[.5], within_hands=4), theory=dict(draws=1, blocks=dict(steps=20, seeds=1)))
+             ppo=dict(updates=1, episodes=4, batch=4, micro=2, epochs=1, between=1), spectra=dict(draws=2),
+             restore=dict(draws=20, ranks=[.2, 1.], prefixes=[.5], bands=1, place_ranks=[.5], coded_ranks=[.5], blends=[.5], within_hands=4), theory=dict(draws=2, blocks=dict(steps=20, seeds=1)))
 
 def papermill(nb, model, overrides):
     words = [sys.executable, '-m', 'papermill', f'nbs/{nb}.ipynb', '-p', 'model', model, '-y', 'overrides: ' + yaml.safe_dump(overrides, default_flow_style=True, width=10**6).strip()]
@@ -71,6 +71,25 @@ def snake(tmp_path, overrides, *args):
 
 def test_the_graph_of_jobs(pico, tmp_path, env):
     pytest.importorskip('snakemake', reason="pip install -e '.[workflow]'")
-    r = snake(tmp_path, SMALL | dict(model=dict(source='folder', path=str(pico['qwen2']))), '--cores', '2', '-n')
+    r = snake(tmp_path, SMALL | dict(model=dict(source='folder', path=str(pico['qwen2']))), '--config', 'seeds=[0,1]', '--cores', '2', '-n')
     assert r.returncode == 0, r.stderr[-2000:]
-    assert all(f'rule {n}:' in r.stderr + r.stdout for n in ('models', 'sft', 'curve', 'rl', 'spectra', 'restore', 'theory', 'claims')) and 'checkpoint starts:' in r.stderr + r.stdout
+    assert all(f'rule {n}:' in r.stderr + r.stdout for n in ('models', 'sft', 'curve', 'rl', 'spectra', 'restore', 'theory', 'claims', 'together')) and 'checkpoint starts:' in r.stderr + r.stdout
+
+def test_jobs_ask_for_their_machine(tmp_path, env):
+    pytest.importorskip('snakemake', reason="pip install -e '.[workflow]'")
+    r = snake(tmp_path, {}, '--config', 'models=[qwen7b]', '--cores', '64', '-n')
+    jobs = dict(re.findall(r'(?:rule|checkpoint) (\w+):(.+?)(?=\n\[|\nJob stats|\Z)', r.stderr + r.stdout, re.S))
+    for name in ('models', 'sft', 'curve', 'rl', 'spectra', 'restore', 'theory'): # a training step on four GPUs with one core among them crawls
+        assert 'threads: 16' in jobs[name] and 'gpu=4' in jobs[name] and 'nodes=1' in jobs[name], jobs[name]
+    assert 'gpu=' not in jobs['claims'] and 'gpu=' not in jobs['starts'] and int(re.search(r'mem_mb=(\d+)', jobs['sft'])[1]) > 4*1024*28 # weights of 28 GiB in each process
+
+@pytest.mark.skipif('FLOW' not in os.environ, reason='every job for real takes minutes: FLOW=1 pytest tests/test_real.py -k jobs_run')
+def test_the_jobs_run(pico, tmp_path, env):
+    pytest.importorskip('snakemake', reason="pip install -e '.[workflow]'")
+    over = SMALL | dict(model=dict(source='folder', path=str(pico['qwen2'])))
+    r = snake(tmp_path, over, '--cores', '2')
+    assert r.returncode == 0 and (tmp_path/'runs'/'tiny'/'flow'/'07_claims-seed0.ipynb').is_file(), r.stderr[-3000:]
+    again = snake(tmp_path, over, '--cores', '2')
+    assert again.returncode == 0 and 'Nothing to be done' in again.stderr
+    r = snake(tmp_path, over, '--report', str(tmp_path/'report.html'))
+    assert r.returncode == 0 and '07_claims' in (tmp_path/'report.html').read_text(), r.stderr[-2000:]
