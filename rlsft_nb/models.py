@@ -71,18 +71,24 @@ def weights_id(cfg) -> str: # 16 hex digits, or 'owner/name@revision'
 
 # %% ../nbs/01_models.ipynb #0772051b
 @contextmanager
-def _told(where):
-    "Errors of the libraries below, in one line that names the checkpoint; no bars of theirs for small files."
+def _no_bars(of=True):
+    "No bars of transformers, which are for files that take minutes."
     bars = hf_logging.is_progress_bar_enabled()
-    if Path(where).exists(): hf_logging.disable_progress_bar()
+    if of: hf_logging.disable_progress_bar()
     try: yield
+    finally:
+        if bars: hf_logging.enable_progress_bar()
+
+@contextmanager
+def _told(where):
+    "Errors of the libraries below, in one line that names the checkpoint."
+    try:
+        with _no_bars(of=Path(where).exists()): yield
     except Problem: raise
     except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, ImportError) as e:
         why = str(e).strip().splitlines() or [type(e).__name__]
         hint = '' if Path(where).exists() else "; no network, or no such id: give a folder by -y 'overrides: {model: {source: folder, path: /your/folder}}'"
         raise ModelError(f'cannot load {where}: {" ".join(why)[:300]}{hint}') from e
-    finally:
-        if bars: hf_logging.enable_progress_bar()
 
 def _class(config, where):
     kinds = config.architectures or ['LlamaForCausalLM'][:config.model_type == 'llama'] # a GGUF file names only the model type
@@ -143,7 +149,8 @@ def save_lm(lm, tok, folder) -> Path:
     folder = Path(folder)
     new = folder.with_name(f'.{folder.name}.{os.getpid()}')
     make_dir(folder.parent)
-    try: lm.save_pretrained(new); tok.save_pretrained(new)
+    try:
+        with _no_bars(): lm.save_pretrained(new); tok.save_pretrained(new)
     except BaseException as e:
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(e, (OSError, SafetensorError)): raise DiskError(f'cannot write {folder}: {e}') from e

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'KERNELS', 'SBATCH', 'MANY', 'config_of', 'idle', 'Sizes', 'sizes',
            'Lengths', 'lengths', 'layer_bytes', 'sft_memory', 'update_memory', 'vllm_bytes', 'rollout_memory',
-           'score_memory', 'spectra_memory', 'needed', 'memory', 'host_gib', 'disk_gib', 'advice', 'TooLarge',
-           'check_fits', 'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'cells_of', 'table',
-           'report', 'overrides_of', 'slurm', 'main']
+           'score_memory', 'spectra_memory', 'needed', 'memory', 'host_gib', 'starts_of', 'disk_gib', 'advice',
+           'TooLarge', 'check_fits', 'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours',
+           'cells_of', 'table', 'report', 'overrides_of', 'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
-import argparse, json, math, shlex, sys
+import argparse, copy, json, math, shlex, sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -27,13 +27,17 @@ from .models import ModelError, _class, locate
 from .paper import _mapping
 
 # %% ../nbs/plan.ipynb #9e82a095
+@lru_cache(maxsize=8)
+def _read_config(where, revision, gguf): # of a GGUF file this takes a quarter of a minute
+    return AutoConfig.from_pretrained(where, **(dict(gguf_file=gguf) if gguf else dict(revision=revision)))
+
 def config_of(cfg): # transformers' config
     "The architecture of a model, without its weights."
     kept = ROOT/'params'/'shapes'/f'{cfg.name}.yaml'
     sizes = yaml.safe_load(kept.read_text(encoding='utf-8')) if kept.is_file() else {}
     if sizes.pop('repository', None) == cfg.model.path: return AutoConfig.for_model(**sizes)
     where, revision, gguf = locate(cfg.name, cfg)
-    try: return AutoConfig.from_pretrained(where, **(dict(gguf_file=gguf) if gguf else dict(revision=revision)))
+    try: return copy.deepcopy(_read_config(where, revision, gguf))
     except (OSError, ValueError) as e: raise ModelError(f'cannot read the config of {where}: {str(e).splitlines()[0]}') from e
 
 def idle(lm) -> list: # of parameter names
@@ -173,12 +177,16 @@ def host_gib(cfg, stage:str, n:int) -> float:
 
 def _decomposed(shapes): return sum(16*(math.prod(m) + min(m)*(sum(m) + 1)) for m in shapes)/GIB # a pair, fp64
 
+def starts_of(p) -> int: # of `cfg.ppo`
+    "Runs of RL that seed 0 makes: the sweep, or the end of SFT alone."
+    return p.between + 3 if p.sweep_seeds else 1
+
 def disk_gib(cfg, stage:str) -> float:
     "What a stage leaves on disk: kept checkpoints in fp32 and the newest state, and what restoration does not keep in memory."
     s = sizes(cfg)
     state, one, every = 12*s.trained/GIB, 4*s.params/GIB, _decomposed(s.matrices)
     if stage == 'sft': return len(cfg.sft.checkpoints)*one + state
-    if stage == 'ppo': return (cfg.ppo.between + 3)*(one + state)
+    if stage == 'ppo': return starts_of(cfg.ppo)*(one + state)
     return every*cfg.workers if stage == 'restore' and every > named_function('restore.KEEP_GIB') else 0.
 
 _half = lambda section, key: lambda c, n: ({section: {key: c[section][key]//2}} if c[section][key] > 1 else None)
@@ -257,15 +265,15 @@ def spectra_hours(cfg, s, n) -> float:
 def cells_of(cfg, s) -> int:
     "Cells that restoration plays, towards the peak and towards the base."
     grid, rank = named_function('restore.grid'), max(map(min, s.matrices))
-    return sum(len(grid(cfg.restore, s.depth, rank, not s.head, which)) for which in ('peak', 'base'))
+    return sum(len(grid(cfg.restore, s.depth, rank, not s.head, which, cfg.restore.full_seeds > 0)) for which in ('peak', 'base'))
 
 def table(cfg, n:int, gib:float) -> list: # a dict a stage
     "What every stage takes."
     s, e, p, kept, at_once = sizes(cfg), cfg.eval, cfg.ppo, len(cfg.sft.checkpoints) + 1, min(n, cfg.workers)
-    starts, cells, hands = p.between + 3, cells_of(cfg, s), 2*(e.hands + e.val_hands)
+    starts, cells, hands = starts_of(p), cells_of(cfg, s), 2*(e.hands + e.val_hands)
     spent = {'sft': sft_hours(cfg, s, n), 'ppo': starts*ppo_hours(cfg, s, n), 'score': kept*score_hours(cfg, s, hands)/at_once,
              'spectra': 3*spectra_hours(cfg, s, 1), 'restore': cells*score_hours(cfg, s, 2*e.hands)/at_once}
-    what = {'sft': f'{cfg.sft.steps} steps of {cfg.sft.batch} rows', 'ppo': f'{starts} starts, {p.updates} updates of {p.episodes} hands',
+    what = {'sft': f'{cfg.sft.steps} steps of {cfg.sft.batch} rows', 'ppo': f'{starts} start{"s"*(starts > 1)}, {p.updates} updates of {p.episodes} hands',
             'score': f'{kept} checkpoints, {hands} hands each', 'spectra': f'3 pairs, {cfg.spectra.draws} draws', 'restore': f'{cells} cells, {2*e.hands} hands each'}
     rows = []
     for stage in STAGES:

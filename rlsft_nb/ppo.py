@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from fastcore.basics import patch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -400,6 +401,7 @@ def setup(acc, cfg, start:str, seed:int) -> tuple: # model and optimizer as prep
 
 def accelerator(cfg) -> Accelerator:
     "One process here, as many as `accelerate launch` started there."
+    if world() == 1: AcceleratorState._reset_state() # what ran here before may have had another arithmetic
     acc = keep_fp32(Accelerator(cpu=device(cfg) == 'cpu', mixed_precision='bf16' if cfg.sft.bf16 else None))
     if acc.distributed_type.value == 'DEEPSPEED': raise ParamError("launch.config: DeepSpeed would step at every backward pass of PPO; expected 'fsdp2'")
     acc.gradient_accumulation_steps = 1 # `step` adds up micro-batches itself
