@@ -427,7 +427,8 @@ def refresh(names:list # notebooks such as 'core'; all where empty
         nb = nbformat.read(p, 4)
         NotebookClient(nb, timeout=None, kernel_name='python3', resources=dict(metadata=dict(path=str(NBS)))).execute()
         for c in (c for c in nb.cells if c.cell_type == 'code'):
-            c.outputs = [o for o in c.outputs if o.get('name') != 'stderr'] # warnings and bars
+            widget = 'application/vnd.jupyter.widget-view+json' # shows nothing without its kernel
+            c.outputs = [o for o in c.outputs if o.get('name') != 'stderr' and widget not in o.get('data', {})]
             for data in (o['data'] for o in c.outputs if 'image/png' in o.get('data', {})): data['image/png'] = _thumbnail(data['image/png'])
         nbformat.write(nb, p)
         nbdev_clean(str(p))
