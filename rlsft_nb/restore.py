@@ -784,6 +784,7 @@ def play_cells(cfg, seed:int, pairs:dict, folder) -> dict: # which -> specs, got
         out[which] = dict(specs=specs, freedom=w.shares(), depth=w.depth, rank=w.rank)
         five = within_five(cfg.restore, which, specs) if full else {}
         items |= {f'{which}-{n}': (target, reference, cfg, s, seed, like, five.get(n, 0)) for n, s in specs.items()}
+    _bench.clear() # workers open their own, and this one would stand beside them
     got = map_items('restore.score_cell', items, folder/'cells', cfg.workers, 'restored cells')
     return {w: o | dict(got={n: got[f'{w}-{n}'] for n in o['specs']}) for w, o in out.items()}
 

@@ -44,6 +44,17 @@ def by_loops(W, W0, mode, lo, hi):
             for c in range(W.shape[1]): out[r, c] += x*u[r]*v[c]
     return torch.from_numpy(out)
 
+def test_no_workbench_stands_beside_those_of_the_workers(monkeypatch, tmp_path):
+    from rlsft_nb.models import load_lm, save_lm
+    lm, tok = load_lm('tiny')
+    for name, by in (('a', 0.), ('b', .01)):
+        lm.model.layers[0].mlp.up_proj.weight.data.add_(by)
+        save_lm(lm, tok, tmp_path/name)
+    open_then, pair = [], (str(tmp_path/'b'), str(tmp_path/'a'), '')
+    monkeypatch.setattr(R, 'map_items', lambda fn, items, *_: open_then.append(len(R._bench)) or dict.fromkeys(items))
+    played = R.play_cells(load_params('tiny'), 0, dict(rl=pair, end=pair), tmp_path)
+    assert open_then == [0] and played['rl']['depth'] == 4 and len(played['end']['got']) == len(played['end']['specs']) > 2
+
 # the operation
 
 @few
