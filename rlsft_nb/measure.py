@@ -185,7 +185,7 @@ def _matrices(cfg): # shapes of one layer
     with torch.device('meta'): lm = _class(config_of(cfg), cfg.name).from_config(config_of(cfg))
     return tuple(tuple(w.shape) for n, w in lm.named_parameters() if '.layers.0.' in n and w.ndim == 2 and 'vision' not in n)
 
-# %% ../nbs/measure.ipynb #1f8bf061
+# %% ../nbs/measure.ipynb #8e58037c
 def deepest(cfg, gib:float, folder) -> int: # layers
     "The most layers with which every stage fits one GPU, by the plan."
     most = config_of(cfg).get_text_config().num_hidden_layers
@@ -205,7 +205,8 @@ def measure(cfg, stages:list=(), # of `RUNS`; all where empty
         some, rows = standing_in(cfg, random_checkpoint(cfg, depth, Path(d)/'model')), []
         for stage in stages or RUNS:
             with _pool(1) as fresh: got = fresh.submit(named_function('measure.alone'), stage, some).result()
-            rows.append(dict(stage=stage, measured=got, planned=foretold(stage, some)))
+            planned = {k: v for k, v in foretold(stage, some).items() if gpus() or k == 'peak_gib'} # the plan's times are a GPU's
+            rows.append(dict(stage=stage, measured=got, planned=planned))
     return dict(model=cfg.name, layers=depth, of=most, rows=rows, provenance=provenance())
 
 # %% ../nbs/measure.ipynb #313eb0ac

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'KERNELS', 'SBATCH', 'MANY', 'config_of', 'idle', 'Sizes', 'sizes',
            'Lengths', 'lengths', 'layer_bytes', 'sft_memory', 'update_memory', 'vllm_bytes', 'rollout_memory',
-           'score_memory', 'spectra_memory', 'needed', 'memory', 'host_gib', 'starts_of', 'disk_gib', 'advice',
-           'TooLarge', 'check_fits', 'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours',
-           'cells_of', 'table', 'report', 'overrides_of', 'slurm', 'main']
+           'score_memory', 'spectra_memory', 'needed', 'memory', 'config_file', 'host_gib', 'starts_of', 'disk_gib',
+           'advice', 'TooLarge', 'check_fits', 'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours',
+           'spectra_hours', 'cells_of', 'table', 'report', 'overrides_of', 'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
 import argparse, copy, json, math, shlex, sys
@@ -21,7 +21,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from .core import ROOT, Problem, _attr, _plain, gpus, load_params, named_function
+from .core import ROOT, ParamError, Problem, _attr, _near, _plain, gpus, load_params, named_function
 from .game import answer, feedback_turn, prompt, solve, values, verify
 from .models import ModelError, _class, locate
 from .paper import _mapping
@@ -167,15 +167,30 @@ def memory(cfg, stage:str, n:int) -> dict: # the part of the stage that needs mo
     "Bytes on each of `n` GPUs."
     return max((f(cfg, sizes(cfg), n) for f in STAGES[stage]), key=lambda p: sum(p.values()))
 
-def host_gib(cfg, stage:str, n:int) -> float:
-    "Memory of the machine itself: each training process loads all weights, and one gathers them to save; restoration keeps some of both checkpoints decomposed."
-    s = sizes(cfg)
-    one = 1.5 + _width(cfg.model.dtype)*s.params/GIB # libraries, and the weights once
-    if stage in ('sft', 'ppo'): return n*one + 4*s.params/GIB
-    kept = min(_decomposed(s.matrices), named_function('restore.KEEP_GIB')) + 2*_decomposed([max(s.matrices, key=math.prod)])
-    return cfg.workers*(one + kept*(stage == 'restore'))
+def config_file(name:str) -> Path:
+    "A file of params/accelerate/, or one of your own by its path."
+    if name.endswith('.yaml') and Path(name).is_file(): return Path(name)
+    known = sorted(p.stem for p in (ROOT/'params'/'accelerate').glob('*.yaml'))
+    if name not in known: raise ParamError(f'launch.config={name!r} is no file in params/accelerate/; {_near(name, known)}')
+    return ROOT/'params'/'accelerate'/f'{name}.yaml'
+
+def _offloaded(cfg, s): # bytes that DeepSpeed keeps in the host's memory: fp32 weights and two moments
+    how = yaml.safe_load(config_file(cfg.launch.config).read_text(encoding='utf-8')).get('deepspeed_config') or {}
+    return 12*s.trained if how.get('offload_optimizer_device') == 'cpu' else 0
 
 def _decomposed(shapes): return sum(16*(math.prod(m) + min(m)*(sum(m) + 1)) for m in shapes)/GIB # a pair, fp64
+
+def _worked_on(cfg, s): # GiB: the pair at hand, and where they fit (`restore.Pairs`) all pairs and each kind of edit at full rank
+    every, kinds = _decomposed(s.matrices), {'directions', *cfg.restore.controls, *cfg.restore.layer_controls}
+    edits = len(kinds)*_width(cfg.model.dtype)*sum(map(math.prod, s.matrices))/GIB
+    return 2*_decomposed([max(s.matrices, key=math.prod)]) + (every + edits if every <= named_function('restore.KEEP_GIB') else 0)
+
+def host_gib(cfg, stage:str, n:int) -> float:
+    "Memory of the machine itself: each training process loads all weights, and one gathers them to save; DeepSpeed may keep the optimizer's state; restoration keeps what it works on."
+    s = sizes(cfg)
+    one = 1.5 + _width(cfg.model.dtype)*s.params/GIB # libraries, and the weights once
+    if stage in ('sft', 'ppo'): return n*one + (4*s.params + (_offloaded(cfg, s) if stage == 'sft' else 0))/GIB
+    return cfg.workers*(one + (_worked_on(cfg, s) if stage == 'restore' else 0))
 
 def starts_of(p) -> int: # of `cfg.ppo`
     "Runs of RL that seed 0 makes: the sweep, or the end of SFT alone."

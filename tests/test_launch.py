@@ -1,7 +1,6 @@
 "Launching: many processes do what one does, in shards or copies, on each architecture; interrupts leave nothing behind."
-import io, json, os, signal, subprocess, sys, time
+import io, json, subprocess, sys, time
 from importlib.util import find_spec
-from pathlib import Path
 import psutil, pytest, torch, yaml
 from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -9,6 +8,7 @@ from rlsft_nb.core import ParamError, ROOT, Stage, StageMissing, load_params, re
 from rlsft_nb.models import cells, load_lm, score, woven
 from rlsft_nb.launch import *
 from rlsft_nb.launch import _stop, _why
+from rlsft_nb.plan import config_file
 from rlsft_nb.plan import idle, overrides_of
 from rlsft_nb.sft import sft_stage
 

@@ -51,5 +51,6 @@ def test_the_command(pico, tmp_path, capsys):
     assert main(['qwen7b', '--stages', 'score', '--overrides', given]) == 0
     said, kept = capsys.readouterr().out, read_json(tmp_path/'figures'/'qwen7b'/'measured-cpu.json')
     assert 'qwen7b, 2 of 2 layers, random weights' in said and [r['stage'] for r in kept['rows']] == ['score']
+    assert [*kept['rows'][0]['planned']] == ['peak_gib'] and '(planned -)' in said # times are planned for GPUs
     with pytest.raises(SystemExit): main(['tiny', '--stages', 'sleep'])
     assert 'expected some of sft,ppo,rollout,score,spectra,restore' in capsys.readouterr().err

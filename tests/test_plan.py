@@ -154,4 +154,5 @@ def test_disk_and_host():
     assert disk_gib(cfg, 'sft') == pytest.approx((11*4 + 12)*s.params/2**30) and disk_gib(load_params('tiny'), 'restore') == 0
     assert host_gib(cfg, 'sft', 4) == pytest.approx(4*1.5 + 5*4*s.params/2**30) # each of four loads all weights; one gathers them
     from rlsft_nb.restore import Pairs
+    assert host_gib(load_params('qwen7b', dict(launch=dict(config='deepspeed_zero3'))), 'sft', 4) == pytest.approx(4*1.5 + (5*4 + 12)*s.params/2**30)
     assert (disk_gib(cfg, 'restore') > 100) == bool(Pairs(s.matrices).folder)
