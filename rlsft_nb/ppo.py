@@ -334,6 +334,7 @@ def step(acc, model, opt, batch:list, ppo, pad:int, fresh:bool) -> tuple: # sums
     off = max(1 - lo, hi - 1)
     exact = acc.mixed_precision == 'no' and all(w.dtype == torch.float32 for w in model.parameters())
     if fresh and exact and off > 1e-5: raise TrainingError(f'ratio is off by {off:.1e} before the first step: what sampled is not what is trained')
+    if not 0 < lo <= hi < math.inf: raise TrainingError(f'ratios of probabilities from {lo:.3g} to {hi:.3g}: the policy has left what it sampled from. Lower ppo.lr={ppo.lr:g} or raise ppo.temperature={ppo.temperature:g}')
     norm = acc.clip_grad_norm_(model.parameters(), ppo.grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
     if not math.isfinite(norm): raise TrainingError(f'the gradient is not finite (loss {loss.item():.3g}); nothing was changed. Lower ppo.lr={ppo.lr:g} or ppo.head_lr={ppo.head_lr:g}')

@@ -296,6 +296,16 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_changed(pico, acc):
     with pytest.raises(TrainingError, match='gradient is not finite'): step(acc, model, torch.optim.SGD(model.parameters(), lr=1.), traces, p, 0, True)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
+def test_a_policy_that_has_left_its_samples_stops_before_anything_is_changed(pico, acc):
+    "As at a temperature near 0, where ratios overflow; nothing infinite reaches the log."
+    lm, tok = load_lm(str(pico['qwen2']))
+    model, p = attach(lm), load_params('tiny', dict(ppo=dict(micro=4))).ppo
+    for off, text in ((-200., 'ratios of probabilities from .* to inf: .*ppo.temperature=1'), (200., 'ratios of probabilities from 0 to')):
+        traces, before = ready(model, acc, fake(random.Random(5), 4), p), [w.detach().clone() for w in model.parameters()]
+        traces[0].old = traces[0].old + off
+        with pytest.raises(TrainingError, match=text): step(acc, model, torch.optim.SGD(model.parameters(), lr=1.), traces, p, 0, False)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
 def test_the_reference_model_is_the_start_and_k3_is_never_negative(pico, acc):
     lm, tok = load_lm(str(pico['qwen2']))
     model, ref, p = attach(lm), attach(load_lm(str(pico['qwen2']))[0]), load_params('tiny', dict(ppo=dict(kl_coef=.1, micro=4, batch=6, epochs=1))).ppo
