@@ -648,7 +648,7 @@ def sweep_rows(sweep:dict,
         for c in ('OOD', 'ID'):
             a, b = q['before'][c], q['after'][c]
             row |= {f'{c} before': a['first']['rate'], f'{c} after': b['first']['rate'], f'{c} p': mcnemar(_hits(a), _hits(b), by[c])['p']}
-            row |= {f'{c} within five before': a['within']['rate'], f'{c} within five after': b['within']['rate']}
+            row |= {f'{c} within all before': a['within']['rate'], f'{c} within all after': b['within']['rate']}
         rows.append(row)
     return rows
 

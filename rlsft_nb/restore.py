@@ -7,7 +7,7 @@ __all__ = ['MODES', 'PLACES', 'KEEP_GIB', 'WHICH', 'LOOK', 'TITLES', 'Pair', 'pa
            'edit64', 'edit', 'describe', 'freedom', 'restore_many', 'update_many', 'edits', 'band', 'elsewhere',
            'parse_ranks', 'parse_layers', 'choose', 'Exists', 'plan', 'restore_all', 'restore', 'sweep', 'Row', 'total',
            'at_distance', 'Pairs', 'Workbench', 'workbench', 'score_cell', 'layer_groups', 'cell_name', 'grid',
-           'recovery', 'compare', 'holm', 'contests', 'families', 'within_five', 'play_cells', 'summary',
+           'recovery', 'compare', 'holm', 'contests', 'families', 'within_all', 'play_cells', 'summary',
            'restore_stage', 'imposed_stage', 'other_sft', 'unrelated_stage', 'fig_layers', 'of_ranks', 'fig_ranks',
            'way_table', 'fig_distance', 'judge_share', 'judge_cost', 'judge_values', 'judge_wins', 'share_row',
            'contest_row', 'verdicts', 'readings', 'imposed_verdicts', 'five_table', 'seed_summary', 'seeds_stage',
@@ -769,8 +769,8 @@ def families(got:dict, r, depth:int, groups:dict) -> dict: # name -> from `conte
     return {k: contests(got, tests, groups) for k, tests in played.items()}
 
 # %% ../nbs/05_restore.ipynb #ad73a033
-def within_five(r, which:str, specs:dict) -> dict: # cell name -> hands
-    "The cells of a whole grid that are also played within five attempts."
+def within_all(r, which:str, specs:dict) -> dict: # cell name -> hands
+    "The cells of a whole grid that are also played within all attempts."
     asked = {n.split('/')[1] for n in r.within if n.startswith(f'{which}/')}
     if asked - set(specs): raise ParamError(f"restore.within: {which} has no cell {min(asked - set(specs))!r}; it has {', '.join(specs)}")
     return dict.fromkeys(asked, r.within_hands)
@@ -782,7 +782,7 @@ def play_cells(cfg, seed:int, pairs:dict, folder) -> dict: # which -> specs, got
         w = workbench(target, reference, cfg, like)
         specs = grid(cfg.restore, w.depth, w.rank, 'head' not in w.params, which, full)
         out[which] = dict(specs=specs, freedom=w.shares(), depth=w.depth, rank=w.rank)
-        five = within_five(cfg.restore, which, specs) if full else {}
+        five = within_all(cfg.restore, which, specs) if full else {}
         items |= {f'{which}-{n}': (target, reference, cfg, s, seed, like, five.get(n, 0)) for n, s in specs.items()}
     _bench.clear() # workers open their own, and this one would stand beside them
     got = map_items('restore.score_cell', items, folder/'cells', cfg.workers, 'restored cells')
@@ -863,7 +863,7 @@ def _lines(ax, r, c):
         ax.axhspan(100*r[who][c]['lo'], 100*r[who][c]['hi'], color='.5', alpha=.12, lw=0)
 
 def _points(ax, x, rows, c, key, **how):
-    "Rates of cells with their intervals; hollow: within five attempts."
+    "Rates of cells with their intervals; hollow: within all attempts."
     y, lo, hi = (np.array([100*row[c][k] for row in rows]) for k in ('rate', 'lo', 'hi'))
     color, marker, label = LOOK[key]
     ax.errorbar(x, y, [y - lo, hi - y], color=color, marker=marker, label=label, ms=4, lw=1, capsize=2, **how)
@@ -1014,8 +1014,8 @@ def verdicts(res:dict, # `summary` for the peak
     rows = [share_row('top 20 % of ranks recover OOD', get('directions', .2), get('interpolate', .2)),
             share_row(f'first 25 % of layers ({first}) recover OOD', get('directions', layers=first), get('swap', layers=first)),
             dict(claim='directions, not values', paper='yes', here=f"{_two(d)} and {_two(v)}", n=n, interval=_span(d), null=chance, verdict=judge_values(d, v)),
-            contest_row('directions do more than the same distance', tests['distance'], n, 'not asked', any),
-            dict(claim='random rotation recovers nothing', paper='not asked', here=max((x['value'] or 0. for x in noise), default=None), n=n, null=0, verdict=quiet)]
+            contest_row('directions do more than the same distance', tests['distance'], n, 'not asked', any)]
+    if noise: rows.append(dict(claim='random rotation recovers nothing', paper='not asked', here=max(x['value'] or 0. for x in noise), n=n, null=0, verdict=quiet))
     asked = dict(places=('top 20 % of ranks do more than tail, random', 'yes'), bands_OOD=('head, tail layers bring more OOD than the middle', 'yes'),
                  bands_ID=('head, tail layers leave more ID than the middle', 'yes'))
     return rows + [contest_row(claim, tests[k], n, paper) for k, (claim, paper) in asked.items() if tests[k]]
@@ -1051,13 +1051,13 @@ def imposed_verdicts(imposed:dict # results of `imposed_stage`
 def five_table(stages:dict, # which -> stage that played it
                scores:dict, # results of `named_stage`
                cfg) -> list:# one dict a checkpoint
-    "First attempt and within five, on the hands that were played so."
+    "First attempt and within all, on the hands that were played so."
     files = {n: stages[n.split('/')[0]].path/'cells'/f"{n.replace('/', '-')}.json" for n in cfg.restore.within if n.split('/')[0] in stages}
     rows = {n: r['within'] for n, f in files.items() if f.is_file() and 'within' in (r := read_json(f))} # only whole grids play them
     hands = cfg.restore.within_hands if rows else 0
     share = lambda bits: round(bits[:hands].count('1')/len(bits[:hands]), 3)
     known = {k: scores[k]['within'] for k in ('end', 'peak') if rows}
-    return [dict(cell=n, hands=len(r['OOD']['hits'][:hands]), **{f'{c} {k}': share(r[c][h]) for c in ('OOD', 'ID') for k, h in (('first', 'hits'), ('within five', 'hits_within'))})
+    return [dict(cell=n, hands=len(r['OOD']['hits'][:hands]), **{f'{c} {k}': share(r[c][h]) for c in ('OOD', 'ID') for k, h in (('first', 'hits'), ('within all', 'hits_within'))})
             for n, r in (known | rows).items()]
 
 # %% ../nbs/05_restore.ipynb #923edb92

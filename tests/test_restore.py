@@ -437,8 +437,8 @@ def test_grid_has_every_cell_once():
             assert set(few) <= set(cells) and all(cells[n] == few[n] for n in few)
             assert len({json.dumps(s, sort_keys=True) for s in cells.values()}) == len(cells)
         assert all(g['layers'] is None or max(R.parse_layers(g['layers'])) < depth for g in R.layer_groups(depth, r.bands, r.prefixes))
-    assert [len(R.within_five(r, w, R.grid(r, 4, 192, which=w))) for w in R.WHICH] == [3, 0, 3, 0, 0, 0]
-    with pytest.raises(ParamError, match="peak has no cell 'nothing'"): R.within_five(load_params('tiny', dict(restore=dict(within=['peak/nothing']))).restore, 'peak', {})
+    assert [len(R.within_all(r, w, R.grid(r, 4, 192, which=w))) for w in R.WHICH] == [3, 0, 3, 0, 0, 0]
+    with pytest.raises(ParamError, match="peak has no cell 'nothing'"): R.within_all(load_params('tiny', dict(restore=dict(within=['peak/nothing']))).restore, 'peak', {})
 
 @few
 @given(spans, st.integers(12, 40), st.integers(0, 99))
@@ -512,7 +512,7 @@ def made_up(which, cfg, back, full=True):
     "`summary` of cells whose success is `back(spec)`, target 0.2, peak 0.5."
     specs = R.grid(cfg.restore, 4, 192, which=which, full=full)
     got = {n: {c: played(back(s), [i, j]) for j, c in enumerate(('ID', 'OOD'))} | dict(edit=EDIT) for i, (n, s) in enumerate(specs.items())}
-    for n in R.within_five(cfg.restore, which, specs) if full else (): got[n]['within'] = {c: got[n][c] | dict(n=300) for c in ('ID', 'OOD')}
+    for n in R.within_all(cfg.restore, which, specs) if full else (): got[n]['within'] = {c: got[n][c] | dict(n=300) for c in ('ID', 'OOD')}
     told = dict(specs=specs, got=got, freedom=dict(measured=.1, chance=.1), depth=4, rank=192)
     return R.summary(told, *(ENDS if which != 'rl' else ENDS[::-1]), None if which in ('rl', 'end') else ENDS[1], cfg)
 
@@ -550,5 +550,5 @@ def test_five_attempts_are_told_on_the_hands_that_were_played_so(tmp_path):
         write_json(tmp_path/which/'cells'/f'{which}-{cell}.json', dict(within=dict(ID=half, OOD=half)))
     table = R.five_table(stages, {k: dict(within={c: dict(hits='1'*300 + '0'*700, hits_within='1'*1000) for c in ('ID', 'OOD')}) for k in ('end', 'peak')}, cfg)
     assert [r['cell'] for r in table] == ['end', 'peak', *cfg.restore.within[:-1]]
-    assert {(r['hands'], r['OOD first'], r['ID within five']) for r in table[:2]} == {(300, 1., 1.)} and {(r['hands'], r['OOD first'], r['ID within five']) for r in table[2:]} == {(300, .5, .5)}
+    assert {(r['hands'], r['OOD first'], r['ID within all']) for r in table[:2]} == {(300, 1., 1.)} and {(r['hands'], r['OOD first'], r['ID within all']) for r in table[2:]} == {(300, .5, .5)}
     assert R.five_table({}, {}, cfg) == []
