@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['ROOT', 'TYPES', 'LIBRARIES', 'FORMAT', 'COLUMNS', 'runs_root', 'figures_dir', 'Problem', 'ParamError', 'StageMissing',
            'StageBusy', 'DiskError', 'check_value', 'read_annotations', 'check_params', 'models', 'load_params',
-           'show_params', 'make_dir', 'atomic_write', 'write_json', 'read_json', 'sha256_file', 'gpus', 'peak_mib',
-           'provenance', 'Stage', 'missing_device', 'run_stage', 'save_figure', 'save_record', 'wilson', 'mcnemar',
-           'mean_spread', 'cluster_interval', 'Markdown', 'verdict_table', 'progress', 'threads', 'named_function',
-           'map_items']
+           'show_params', 'make_dir', 'atomic_write', 'write_json', 'read_json', 'sha256_file', 'gpus', 'own_device',
+           'peak_mib', 'provenance', 'Stage', 'missing_device', 'run_stage', 'save_figure', 'save_record', 'wilson',
+           'mcnemar', 'mean_spread', 'cluster_interval', 'Markdown', 'verdict_table', 'progress', 'threads',
+           'named_function', 'map_items']
 
 # %% ../nbs/core.ipynb #ca566423
 import ast, difflib, fcntl, hashlib, importlib, importlib.metadata, io, json, math, os, platform, resource, signal, statistics, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 import yaml
 from fastcore.basics import AttrDict
@@ -217,6 +217,12 @@ def gpus() -> list: # one (name, GiB) each
     import torch # takes seconds: only for whoever asks
     props = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [(p.name, p.total_memory/2**30) for p in props]
+
+def own_device() -> str: # 'cpu', 'cuda:0', ...
+    "The device of this process: ranks and workers take the GPUs in turns."
+    import torch
+    n, mine = torch.cuda.device_count(), int(os.environ.get('LOCAL_RANK', (current_process()._identity or (1,))[0] - 1))
+    return f'cuda:{mine % n}' if n else 'cpu'
 
 # %% ../nbs/core.ipynb #b23d4bb5
 def peak_mib() -> float: # MiB

@@ -9,7 +9,6 @@ __all__ = ['EMBEDDED', 'ModelError', 'find_gguf', 'locate', 'weights_id', 'check
 
 # %% ../nbs/01_models.ipynb #83b6aa7b
 from contextlib import contextmanager
-from multiprocessing import current_process
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, read_json, run_stage, runs_root, sha256_file, wilson, write_json
+from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, own_device, read_json, run_stage, runs_root, sha256_file, wilson, write_json
 from .game import OUTCOMES, hands, play, values, verify
 from .paper import _mapping
 
@@ -289,9 +288,8 @@ def clusters(cfg) -> dict: # cell -> multisets, one a test hand
     return {c: [tuple(sorted(values(h, rule))) for h in hands('test', rule, face)[:cfg.eval.hands]] for c, (rule, face) in cells(cfg).items()}
 
 def device(cfg) -> str: # a torch device
-    "Where evaluation runs: `cfg.eval.device`, or a GPU where there is one; workers and ranks take the GPUs in turns."
-    n, mine = torch.cuda.device_count(), int(os.environ.get('LOCAL_RANK', (current_process()._identity or (1,))[0] - 1))
-    return cfg.eval.device if cfg.eval.device != 'auto' else f'cuda:{mine % n}' if n else 'cpu'
+    "Where evaluation runs: `cfg.eval.device`, or a GPU where there is one."
+    return own_device() if cfg.eval.device == 'auto' else cfg.eval.device
 
 def arithmetic(cfg): # a context
     "Measures in the arithmetic of training: bf16 over the weights as they are, where `sft.bf16` asks for it."
