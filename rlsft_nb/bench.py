@@ -115,7 +115,7 @@ def _bare(t, steps): # the same rows and collator as trainer `t`, without a trai
     return time.perf_counter() - start
 
 def _trained(steps): # seconds of `steps` steps: (TRL, bare loop)
-    clock, cfg = _Clock(), load_params('tiny', dict(sft=dict(steps=steps + 1, checkpoints=[], save_every=10**6, hands=64*(steps + 1))))
+    clock, cfg = _Clock(), load_params('tiny', dict(eval=dict(device='cpu'), sft=dict(steps=steps + 1, checkpoints=[], save_every=10**6, hands=64*(steps + 1))))
     with tempfile.TemporaryDirectory() as d, threads(1):
         t = sft.trainer(cfg, Path(d), 0, *load_lm('tiny'))
         t.add_callback(clock)
@@ -354,7 +354,7 @@ def _cpu(f, repeat:int=1) -> float: # the least of `repeat` calls
     return min(once() for _ in range(repeat))
 
 def _ppo_ready(attempts, **over): # cfg, accelerator, model, optimizer, tokenizer
-    cfg = load_params('tiny', dict(ppo=over, eval=dict(max_new_tokens=31), game=dict(attempts=attempts)))
+    cfg = load_params('tiny', dict(ppo=over, eval=dict(device='cpu', max_new_tokens=31), game=dict(attempts=attempts)))
     acc = ppo.accelerator(cfg)
     return cfg, acc, *ppo.setup(acc, cfg, 'tiny', 0)[:3]
 

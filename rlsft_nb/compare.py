@@ -92,8 +92,9 @@ def grpo_trainer(cfg, start:str, folder, seed:int, answers:float): # answers: sa
         per_device_train_batch_size=MICRO, gradient_accumulation_steps=passes, steps_per_generation=passes*parts,
         max_completion_length=cfg.eval.max_new_tokens, temperature=p.temperature, top_k=0, epsilon=p.clip, beta=p.kl_coef, seed=seed,
         learning_rate=p.lr, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr_rate=p.lr_end), max_grad_norm=p.grad_clip,
-        adam_epsilon=p.eps, weight_decay=p.weight_decay, use_cpu=device(cfg) == 'cpu', bf16=False, gradient_checkpointing=p.checkpointing,
+        adam_epsilon=p.eps, weight_decay=p.weight_decay, use_cpu=device(cfg) == 'cpu', bf16=cfg.sft.bf16, gradient_checkpointing=p.checkpointing,
         save_strategy='no', logging_steps=p.epochs*parts, report_to='none', disable_tqdm=True)
+    args._n_gpu = min(args.n_gpu, 1) # as in `sft.trainer`
     return GRPOTrainer(lm, reward_func, args, train_dataset=Dataset.from_list(rows), processing_class=tok)
 
 def train_grpo(cfg, start:str, folder, seed:int, answers:float) -> dict: # policy: folder name; log: reward of each update

@@ -218,6 +218,11 @@ def gpus() -> list: # one (name, GiB) each
     props = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [(p.name, p.total_memory/2**30) for p in props]
 
+def _visible(): # what CUDA calls each GPU
+    import torch
+    named = os.environ.get('CUDA_VISIBLE_DEVICES')
+    return named.split(',') if named else [f'{i}' for i in range(torch.cuda.device_count())]
+
 def own_device() -> str: # 'cpu', 'cuda:0', ...
     "The device of this process: ranks and workers take the GPUs in turns."
     import torch
@@ -466,10 +471,11 @@ def named_function(name:str # such as 'sft.curve_point'
 
 def _call(name, args): return named_function(name)(*args)
 
-def _worker():
-    "One thread, and an end when the parent ends (on Linux; elsewhere a killed run may leave workers at their last item)."
+def _worker(n):
+    "One thread, one of the GPUs, and an end when the parent ends (on Linux; elsewhere a killed run may leave workers at their last item)."
     import ctypes, torch
     torch.set_num_threads(1)
+    if n > 1 and (mine := own_device()) != 'cpu': os.environ['CUDA_VISIBLE_DEVICES'] = _visible()[int(mine[5:])]
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 # %% ../nbs/core.ipynb #89dbcaa3
@@ -479,7 +485,7 @@ def _pool(n):
     one = dict(OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
     before = {k: os.environ.get(k) for k in one}
     os.environ.update(one)
-    pool = ProcessPoolExecutor(n, get_context('spawn'), named_function('core._worker'))
+    pool = ProcessPoolExecutor(n, get_context('spawn'), named_function('core._worker'), (n,))
     try: yield pool
     except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
     else: pool.shutdown()

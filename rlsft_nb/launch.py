@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers.modeling_utils import set_zero3_state
 
 from .core import ParamError, Problem, StageMissing, load_params, missing_device, run_stage
-from .models import rank, save_lm, world
+from .models import empty_cache, rank, save_lm, world
 from .paper import _mapping
 from .plan import check_fits, config_file, idle, overrides_of
 
@@ -172,6 +172,7 @@ def run_on_many(st,         # a `Stage`
     if lacks: raise StageMissing(f'stage {st} (seed {st.seed}) is not there and {lacks}. {st.command()}')
     if 0 < gpu < cfg.launch.processes: raise ParamError(f'launch.processes={cfg.launch.processes}: this machine has {gpu} GPUs')
     _check(cfg, module, cfg.launch.processes, gpu and yaml.safe_load(config_file(cfg.launch.config).read_text())['distributed_type'] == 'DEEPSPEED')
+    empty_cache()
     try: stream(command(module, cfg, bool(gpu), **more))
     except LaunchError:
         if not st.done: raise # the records are written last: what fails after them changes nothing

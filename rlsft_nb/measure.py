@@ -7,7 +7,7 @@ __all__ = ['SHEET', 'RUNS', 'PLANNED', 'first_layers', 'standing_in', 'random_ch
            'sft_steps', 'long_hand', 'ppo_update', 'rollout', 'scoring', 'spectra_layer', 'restore_layer', 'alone',
            'foretold', 'deepest', 'measure', 'lines', 'main']
 
-# %% ../nbs/measure.ipynb #b5291a33
+# %% ../nbs/measure.ipynb #77bdb980
 import argparse, random, statistics, sys, tempfile, time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from . import ppo, restore, sft, spectra
 from .core import Problem, _pool, gpus, load_params, named_function, peak_mib, provenance, save_record, threads
 from .game import Verdict
-from .models import EMBEDDED, _class, arithmetic, device, generate_ids, load_lm, save_lm
+from .models import EMBEDDED, _class, arithmetic, device, empty_cache, generate_ids, load_lm, save_lm
 from .paper import _mapping
 from .plan import GIB, H100, STAGES, _with, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds
 
@@ -36,14 +36,16 @@ def standing_in(cfg, folder): # parameters
     "`cfg` with the checkpoint in `folder` as its model, trained by one process."
     return _with(cfg, dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[])))
 
-# %% ../nbs/measure.ipynb #ac9320ef
+# %% ../nbs/measure.ipynb #43532d41
 def random_checkpoint(cfg, depth:int, folder) -> Path:
     "Random weights of the shape of `cfg`, in bf16."
     config, kind = first_layers(cfg, depth), torch.bfloat16
     with torch.device(device(cfg)): lm = _class(config, cfg.name).from_config(config, dtype=kind)
     _, tok = load_lm(str(EMBEDDED/'tiny'))
     lm.generation_config.pad_token_id, lm.generation_config.eos_token_id = tok.pad_token_id, tok.eos_token_id
-    return save_lm(lm, tok, folder)
+    save_lm(lm, tok, folder)
+    del lm; empty_cache()
+    return folder
 
 # %% ../nbs/measure.ipynb #438d980d
 SHEET = {'H100': H100['bf16'], 'H200': H100['bf16']} # dense bf16 operations a second, NVIDIA's data sheets (SXM)
@@ -209,7 +211,7 @@ def measure(cfg, stages:list=(), # of `RUNS`; all where empty
             rows.append(dict(stage=stage, measured=got, planned=planned))
     return dict(model=cfg.name, layers=depth, of=most, rows=rows, provenance=provenance())
 
-# %% ../nbs/measure.ipynb #313eb0ac
+# %% ../nbs/measure.ipynb #2da17174
 def lines(found:dict) -> list: # from `measure`
     "The record as text."
     p, out = found['provenance'], []
@@ -234,7 +236,8 @@ def main(argv:list=None) -> int: # exit code
     if unknown := sorted({*stages} - {*RUNS}): p.error(f"--stages {','.join(unknown)}: expected some of {','.join(RUNS)}")
     try: cfg = load_params(a.model, _mapping(a.overrides, '--overrides')); found = measure(cfg, stages, a.depth)
     except Problem as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
-    where = save_record(f"measured-{gpus()[0][0].split()[-1].lower() if gpus() else 'cpu'}", found, cfg)
+    kind = next((k for k in SHEET if gpus() and k in gpus()[0][0]), 'gpu' if gpus() else 'cpu')
+    where = save_record(f'measured-{kind.lower()}', found, cfg)
     print(*lines(found), where, sep='\n')
     return 0
 

@@ -13,6 +13,7 @@ __all__ = ['MARK', 'AUTHORS', 'Trace', 'tail_ids', 'extend', 'rollout', 'Bank', 
 # %% ../nbs/03_ppo.ipynb #74cbb36d
 import json, math, os, random, shutil, sys, time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, wraps
 from itertools import permutations
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from fastcore.basics import patch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -97,7 +99,8 @@ class Bank(Cache):
     "Keys and values of the hands in play."
     def __init__(self): super().__init__(layers=[]); self.kept, self.size = {}, 0
 
-    def each(self, f): self.kept = {l: [f(x) for x in kv] for l, kv in self.kept.items()}
+    def each(self, f):
+        for kv in self.kept.values(): kv[:] = map(f, kv) # one layer twice at a time
 
     def widen(self, size): # columns
         more = max(0, size - self.size)
@@ -163,7 +166,7 @@ def __call__(self:Player, prompts:list) -> list: # answers, with the stop token 
         if not self.most(n := int(live.sum())): break
         gone, late = (~live[:n]).nonzero()[:, 0], live[n:].nonzero()[:, 0] + n
         for x in (ids, at): x[gone] = x[late]
-        self.bank.swap(gone, late)
+        if len(gone): self.bank.swap(gone, late)
         for a, b in zip(gone.tolist(), late.tolist()): order[a], order[b] = order[b], order[a]
         ids, at = ids[:max(n, 1)], at[:max(n, 1)] # a process that has finished keeps the others company
         real = torch.ones_like(at, dtype=torch.bool)
@@ -350,7 +353,8 @@ def update(acc, model, opt, traces:list, ppo, pad:int, rng, ref=None) -> dict: #
     cut = lambda order: [order[i:i + size] for i in range(0, len(order), size)]
     for batch in cut(orders[0]): # read together as they will be trained: other padding, other last digits
         recall(acc, model, batch, ppo, pad)
-        if ppo.kl_coef: recall(acc, ref, batch, ppo, pad, 'ref')
+        if ppo.kl_coef:
+            with acc.autocast(): recall(acc, ref, batch, ppo, pad, 'ref')
     advs, rets = credit_turns(traces, [t.value.cpu() for t in traces], ppo)
     for t, a, r in zip(traces, normalise(acc, [a.to(acc.device) for a in advs]), rets): t.adv, t.ret = a, r.to(acc.device)
     if ppo.checkpointing: model.train()
@@ -397,13 +401,14 @@ def setup(acc, cfg, start:str, seed:int) -> tuple: # model and optimizer as prep
     ref = attach(load_lm(start, cfg, acc.device, cfg.model.dtype)[0]) if p.kl_coef else None
     trunk = [w for n, w in lm.named_parameters() if w.requires_grad and not n.startswith('value_head.')]
     groups = [dict(params=trunk, lr=p.lr, top=p.lr), dict(params=list(lm.value_head.parameters()), lr=p.head_lr, top=p.head_lr)]
-    model, opt = acc.prepare(lm, torch.optim.AdamW(groups, eps=p.eps, weight_decay=p.weight_decay))
+    model, opt = acc.prepare(lm, torch.optim.AdamW(groups, eps=p.eps, weight_decay=p.weight_decay, fused=acc.device.type == 'cuda' or None)) # unfused it copies all weights
     return model, opt, tok, ref
 
 def accelerator(cfg) -> Accelerator:
     "One process here, as many as `accelerate launch` started there."
     if world() == 1: AcceleratorState._reset_state() # what ran here before may have had another arithmetic
-    acc = keep_fp32(Accelerator(cpu=device(cfg) == 'cpu', mixed_precision='bf16' if cfg.sft.bf16 else None))
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2)) # others wait while one saves
+    acc = keep_fp32(Accelerator(cpu=device(cfg) == 'cpu', mixed_precision='bf16' if cfg.sft.bf16 else None, kwargs_handlers=[patient]))
     if acc.distributed_type.value == 'DEEPSPEED': raise ParamError("launch.config: DeepSpeed would step at every backward pass of PPO; expected 'fsdp2'")
     acc.gradient_accumulation_steps = 1 # `step` adds up micro-batches itself
     return acc

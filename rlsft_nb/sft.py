@@ -79,6 +79,7 @@ def trainer(cfg, folder, seed:int, lm, tok):
         weight_decay=s.weight_decay, max_grad_norm=s.clip, seed=seed, use_cpu=cpu, bf16=s.bf16, gradient_checkpointing=s.checkpointing,
         save_strategy='steps', save_steps=s.save_every, save_total_limit=1, logging_steps=s.log_every, report_to='none', disable_tqdm=True, ddp_find_unused_parameters=False,
         accelerator_config=dict(gradient_accumulation_kwargs=dict(sync_each_batch=True))) # else shards keep whole gradients meanwhile
+    args._n_gpu = min(args.n_gpu, 1) # or transformers would split each batch over all GPUs that one process sees
     save = lambda model, n: save_together(t.accelerator, model, stock, tok, folder/f'step-{n}')
     datasets.disable_progress_bars()
     t = SFTTrainer(freeze_idle(lm), args, train_dataset=expert_rows(cfg, seed).select_columns(['prompt', 'completion']), processing_class=tok, callbacks=[_Keep(s.checkpoints, save)])
@@ -126,6 +127,7 @@ def curve_point(folder:str, cfg, seed:int) -> dict:
     n, target, i, o = cfg.sft.loss_hands, cfg.game.target, cfg.game.id_rule, cfg.game.ood_rule
     sets = dict(id_train=(expert_rows(cfg, seed)['cards'][:n], i), id_test=(hands('test', i)[:n], i), ood=(hands('test', o, face=True)[:n], o))
     with arithmetic(cfg): loss = {k: answer_loss(lm, tok, h, rule, target, cfg.eval.batch) for k, (h, rule) in sets.items()}
+    del lm # `score` loads it again
     return dict(loss=loss, **{part: score(folder, cfg, part, ['ID', 'OOD']) for part in ('val', 'test')})
 
 def curve_stage(cfg, seed:int=0) -> Stage:
