@@ -22,7 +22,7 @@ _generator = torch.Generator
 def _source(device='cpu'): return Source() if is_gpu(device) else _generator(device)
 
 def is_gpu(d): return isinstance(d, (str, torch.device)) and str(d).startswith('cuda')
-def claim(x): return x.as_subclass(Claimed) if isinstance(x, torch.Tensor) else x
+def claim(x): return x.as_subclass(Claimed) if isinstance(x, torch.Tensor) and not isinstance(x, Claimed) else x
 def plain(x): return x.as_subclass(torch.Tensor) if isinstance(x, Claimed) else x
 
 def _to(t, args, kwargs):
@@ -53,9 +53,14 @@ class GPU(TorchFunctionMode):
             if where is not None and not gpu: kwargs['device'] = where
             if not gpu: return func(*args, **kwargs)
             if name == 'numpy': raise TypeError(f"can't convert {HERE} device type tensor to numpy")
-            if name in OUT: return func(*map(plain, args), **kwargs)
+            if name in OUT: return func(*args, **kwargs)
             if name not in INTO and any(x.dim() for x in tensors if not isinstance(x, Claimed)) and where is None: raise RuntimeError(f'{name}: expected all tensors to be on the same device')
             self.ran.add(name)
-            got = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-            same = isinstance(got, torch.Tensor) and args and isinstance(args[0], Claimed) and got.data_ptr() == args[0].data_ptr() and name.endswith('_')
-            return args[0] if same else tree_map(claim, got)
+            return tree_map(claim, func(*args, **kwargs))
+
+def moved(lm):
+    "A model there; `Module.to` would ask for more of tensors than these can do."
+    for m in lm.modules():
+        for kept in (m._parameters, m._buffers):
+            kept.update({k: claim(v.detach()).requires_grad_(v.requires_grad) for k, v in kept.items() if v is not None})
+    return lm
