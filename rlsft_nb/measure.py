@@ -22,7 +22,7 @@ from .models import EMBEDDED, _class, arithmetic, device, empty_cache, generate_
 from .paper import _mapping
 from .plan import GIB, H100, STAGES, _with, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds
 
-# %% ../nbs/measure.ipynb #c64d2db3
+# %% ../nbs/measure.ipynb #506e44fd
 def first_layers(cfg, depth:int): # transformers' config
     "The architecture of a model with fewer layers."
     config = config_of(cfg)
@@ -34,7 +34,7 @@ def first_layers(cfg, depth:int): # transformers' config
 
 def standing_in(cfg, folder): # parameters
     "`cfg` with the checkpoint in `folder` as its model, trained by one process."
-    return _with(cfg, dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[])))
+    return _with(cfg | dict(workers=1), dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[])))
 
 # %% ../nbs/measure.ipynb #43532d41
 def random_checkpoint(cfg, depth:int, folder) -> Path:
