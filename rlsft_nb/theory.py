@@ -6,12 +6,13 @@
 __all__ = ['PARTS', 'ATT', 'FREEDOMS', 'CHAINS', 'FREE', 'LABELS', 'LOOK', 'NAMES', 'turn', 'skew', 'momentum', 'cut',
            'gauge_part', 'split', 'dimensions', 'judge', 'rotation', 'rope_rotation', 'turn_vo', 'turn_vo_each',
            'turn_qk', 'turn_ko', 'turn_mlp', 'permute_mlp', 'fold', 'turn_stream', 'shake', 'moved', 'says', 'freedoms',
-           'freedom_table', 'kv_heads', 'with_bias', 'chain', 'chains', 'measure_chain', 'theory_stage', 'new_block',
-           'block', 'optimizer_of', 'step_shares', 'train_block', 'blocks_stage', 'panel', 'by', 'single_steps',
-           'fig_theory', 'groups', 'prefers', 'verdicts']
+           'freedom_table', 'kv_heads', 'with_bias', 'chain', 'chains', 'chain_extent', 'measure_chain', 'theory_stage',
+           'new_block', 'block', 'optimizer_of', 'step_shares', 'train_block', 'blocks_stage', 'panel', 'by',
+           'single_steps', 'fig_theory', 'groups', 'prefers', 'verdicts']
 
 # %% ../nbs/06_theory.ipynb #5b51256a
 from copy import deepcopy
+import math
 
 import numpy as np, torch
 from safetensors import safe_open
@@ -20,10 +21,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig
 
 from .core import Markdown, Stage, map_items, run_stage, wilson
-from .models import device
 from .ppo import named, rl_stage
 from .sft import curve_stage
-from .spectra import beyond, decompose, null_update, open_weights, pairs
+from .spectra import beyond, decompose, device_of, map_sized, null_update, open_weights, pairs, processes, singular_values
 from .weights import Checkpoint, paired
 
 # %% ../nbs/06_theory.ipynb #cd4cadba
@@ -105,11 +105,13 @@ def judge(before:tuple, after:tuple, # as in `split`
     "A split update against updates of the same size turned at random."
     if draws < 2: raise ValueError(f'draws={draws}, expected at least 2')
     g, found = torch.Generator().manual_seed(seed), split(before, after, heads, planes)
-    null = [split(before, [a + _turned(b - a, g) for a, b in zip(before, after)], heads, planes) for _ in range(draws)]
+    D = [b - a for a, b in zip(before, after)]
+    known = [singular_values(d) for d in D]
+    null = [split(before, [a + _turned(d, g, s) for a, d, s in zip(before, D, known)], heads, planes) for _ in range(draws)]
     drawn = {p: [n[p] for n in null] for p in PARTS}
     return found | dict(chance={p: float(np.mean(x)) for p, x in drawn.items()}, judged={p: beyond(found[p], x) for p, x in drawn.items()})
 
-def _turned(D, g): return null_update(D, 'orient', g) if D.any() else D
+def _turned(D, g, s=None): return null_update(D, 'orient', g, s) if D.any() else D # see `null_update`
 
 # %% ../nbs/06_theory.ipynb #6084f394
 def rotation(h:int, g) -> Tensor: # (h, h) float64
@@ -268,9 +270,15 @@ def chains(a:Checkpoint, b:Checkpoint,
     return [(l, k) for l, k, names in have if both.issuperset(names) and (k != 'mlp' or shapes[names[0]][0] <= widest)]
 
 # %% ../nbs/06_theory.ipynb #1c2d5e0d
-def measure_chain(label:str, a:Checkpoint, b:Checkpoint, layer:int, kind:str, draws:int, seed:int, where:str # a torch device
-    ) -> dict:                                                                                              # see `judge`
+def chain_extent(ck:Checkpoint, layer:int, kind:str # as in `chain`
+    ) -> tuple:                                   # arguments of `room`
+    "The largest eigenproblem of a chain, and how many elements its matrices and the rotation between them have."
+    first, second = (ck[f'layers.{layer}.{t}'].shape for t in CHAINS[kind])
+    return max(first[0], *map(min, (first, second))), math.prod(first) + math.prod(second) + first[0]**2
+
+def measure_chain(label:str, a:Checkpoint, b:Checkpoint, layer:int, kind:str, draws:int, seed:int) -> dict: # see `judge`
     "One chain of a pair of checkpoints; a worker function."
+    where = device_of(*chain_extent(a, layer, kind))
     before, after = ([W.to(where) for W in chain(c, layer, kind)] for c in (a, b))
     told = dict(label=label, kind=kind, layer=layer)
     if all(map(torch.equal, before, after)): return told | dict(changed=False)
@@ -284,11 +292,12 @@ def theory_stage(cfg, seed:int=0) -> Stage:
     up = [curve, rl_stage(cfg, curve.results()['end'], seed)]
     st = Stage('theory', cfg.name, dict(draws=t.draws, widest=t.widest), up, seed, '06_theory.ipynb')
     def fn(folder):
-        where, items = device(cfg), {}
+        items = {}
         for label, ends in pairs(named(cfg, seed)).items():
             a, b = (open_weights(p, cfg if p == cfg.name else None) for p in ends)
-            items |= {f'{label}-{l}-{k}'.replace(' ', '-'): (label, a, b, l, k, t.draws, seed, where) for l, k in chains(a, b, t.widest)}
-        got = map_items('theory.measure_chain', items, folder/'chains', cfg.workers if where == 'cpu' else 1, 'chains')
+            items |= {f'{label}-{l}-{k}'.replace(' ', '-'): (label, a, b, l, k, t.draws, seed) for l, k in chains(a, b, t.widest)}
+        extents = {n: chain_extent(a, l, k) for n, (_, a, _, l, k, *_) in items.items()}
+        got = map_sized('theory.measure_chain', items, extents, folder/'chains', processes(cfg), 'chains')
         return dict(chains=list(got.values()))
     return run_stage(st, fn, cfg)
 

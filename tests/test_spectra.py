@@ -6,7 +6,9 @@ from scipy.stats import binom
 from transformers import AutoModelForCausalLM, GPT2Config, Gemma2Config
 from rlsft_nb import spectra
 from rlsft_nb.spectra import *
+from rlsft_nb.core import load_params
 from rlsft_nb.weights import Checkpoint, CheckpointError
+import pretend
 from test_weights import build
 
 def given(*s): return lambda f: settings(max_examples=25)(all_of(*s)(f))
@@ -179,6 +181,23 @@ def test_null_updates(null, m, n):
     assert X.shape == D.shape and torch.allclose(X.norm(), D.norm(), rtol=1e-12) and not torch.allclose(X, D)
     if null == 'shuffle': assert torch.allclose(X.abs().flatten().sort().values, D.abs().flatten().sort().values)
     else: assert torch.allclose(singular_values(X), singular_values(D), atol=1e-10)
+
+@pytest.mark.parametrize('m, n', [(9, 9), (7, 12), (12, 7)])
+def test_draws_of_a_cpu_are_these(m, n):
+    "Committed records hold them."
+    D, g, same = randn(m, n, seed=2), gen(5), gen(5)
+    shuffled = D.flatten()[torch.randperm(m*n, generator=same)].reshape(m, n)*torch.randn(m, n, generator=same, dtype=torch.float64).sign()
+    assert torch.equal(null_update(D, 'shuffle', g), shuffled)
+    U, V = (torch.linalg.qr(torch.randn(d, min(m, n), generator=same, dtype=torch.float64)).Q for d in (m, n))
+    oriented = (U*singular_values(D)) @ V.mT
+    assert torch.equal(null_update(D, 'orient', g), oriented) and torch.equal(null_update(D, 'orient', gen(5), singular_values(D)), null_update(D, 'orient', gen(5)))
+    assert torch.equal(storage_noise(D, g), (torch.frexp(D).exponent - 8).double().exp2()*(torch.rand(m, n, generator=same, dtype=torch.float64) - .5))
+
+def test_singular_values_of_an_update_are_found_once(monkeypatch):
+    seen, real, W = [], spectra.singular_values, randn(9, 6)
+    monkeypatch.setattr(spectra, 'singular_values', lambda X: (seen.append(X.shape), real(X))[1])
+    measure(W + .1*randn(9, 6, seed=1), W, [2], 'orient', 7)
+    assert len(seen) == 2 # for the record, and for all draws
 
 def test_first_order_against_measurement():
     for m, n in ((80, 40), (40, 80), (60, 60)):
@@ -389,6 +408,126 @@ print((peak_mib() - before)*2**20/600**2)'''
     for f, noise in (('a', 0), ('b', .01)): save_file({f'model.layers.{i}.self_attn.q_proj.weight': (randn(600, 600, seed=i) + noise*randn(600, 600, seed=8)).float() for i in range(3)}, tmp_path/f'{f}.safetensors')
     done = subprocess.run([sys.executable, '-c', code, tmp_path/'a.safetensors', tmp_path/'b.safetensors'], capture_output=True, text=True, env=env)
     assert float(done.stdout) < spectra.BYTES, done.stderr
+
+# GPUs, pretended
+
+class GPU(pretend.GPU):
+    "With the choice of cuSOLVER's method, which a CPU refuses."
+    def __enter__(self): self.drivers = []; return super().__enter__()
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], pretend.Claimed) and 'driver' in kwargs: self.drivers.append((kwargs.pop('driver'), tuple(args[0].shape)))
+        return super().__torch_function__(func, types, args, kwargs)
+
+def same_draws(g, device): # what `_source` makes for a GPU, on the CPU
+    return gen(int(torch.randint(2**62, (), generator=g)))
+
+def near(a, b, tol=1e-4):
+    "Records alike, whatever they hold."
+    if isinstance(a, dict): assert a.keys() == b.keys(); return [near(a[k], b[k], tol) for k in a]
+    if isinstance(a, list): assert len(a) == len(b); return [near(x, y, tol) for x, y in zip(a, b)]
+    assert a == (pytest.approx(b, rel=tol, abs=1e-7) if isinstance(b, float) else b)
+
+@pytest.mark.parametrize('null', NULLS)
+@pytest.mark.parametrize('m, n', [(40, 24), (24, 40), (24, 24)])
+@pytest.mark.parametrize('rank', [0, 3])
+def test_a_gpu_measures_the_same(m, n, rank, null, monkeypatch):
+    W0, D = randn(m, n), .01*randn(m, n, seed=1)
+    W = (W0 + (decompose(D).U[:, :rank] @ randn(rank, n, seed=2) if rank else D)).bfloat16()
+    run = lambda at: measure(W.to(at), W0.to(at), [.1, .5, 1.], null, 3, 1)
+    with GPU() as gpu: got = run('cuda:0')
+    assert {'linalg_eigh', 'linalg_eigvalsh', 'randn', 'rand'} <= gpu.ran and ('randperm' in gpu.ran) == (null == 'shuffle')
+    other = run('cpu')
+    monkeypatch.setattr(spectra, '_source', same_draws)
+    near(got, run('cpu'))
+    assert got['verdicts'] != other['verdicts']
+
+@pytest.mark.parametrize('m, n', [(40, 24), (24, 40), (24, 24)])
+def test_a_gpu_codes_the_same(m, n):
+    W0, W = randn(m, n), randn(m, n) + .1*randn(m, n, seed=1)
+    with GPU() as gpu: got = as_coded(W.to('cuda:0'), W0.to('cuda:0'), 5)
+    assert gpu.drivers == [('gesvd', (24, 24))]*2 + [('gesvd', (5, 5))]*2 # QR first
+    want = as_coded(W, W0, 5)
+    assert got['ds'] == pytest.approx(want['ds'], abs=1e-4)
+    for side in 'UV': assert got[side] == pytest.approx(want[side], abs=.2) # fp32 and arccos
+
+@pytest.mark.parametrize('m, n', [(9, 9), (7, 12), (12, 7)])
+@pytest.mark.parametrize('null', NULLS)
+def test_a_gpu_draws_by_itself(null, m, n):
+    "From a seed that the CPU's generator gives, another one each time."
+    D, g = randn(m, n, seed=2), gen(5)
+    with GPU():
+        draws = [null_update(D.to('cuda:0'), null, g).cpu() for _ in range(2)]
+        noise = storage_noise(D.to('cuda:0'), g).cpu()
+    g = gen(5)
+    for X in draws: assert torch.allclose(X, null_update(D, null, same_draws(g, None)), atol=1e-12)
+    assert torch.equal(noise, storage_noise(D, same_draws(g, None)))
+    assert not torch.allclose(*draws) and not torch.allclose(draws[0], null_update(D, null, gen(5)))
+
+@pytest.mark.parametrize('tail', TAILS)
+@pytest.mark.parametrize('m, n', [(40, 40), (40, 90), (90, 40)])
+def test_hard_spectra_on_a_gpu(tail, m, n):
+    "Also where the Gram matrix does not suffice: QR first, then `gesvd`, never the default."
+    W = made(TAILS[tail], m, n)
+    with GPU() as gpu: S, s = decompose(W.to('cuda:0')), singular_values(W.to('cuda:0'))
+    assert isinstance(S.U, pretend.Claimed)
+    check(W, Spectrum(*(pretend.plain(x) for x in S)), 1e-13)
+    assert (pretend.plain(s) - TAILS[tail].double()).abs().max() < 1e-8
+    assert all(d == 'gesvd' and a == b for d, (a, b) in gpu.drivers) and bool(gpu.drivers) == (tail != 'equal')
+
+CARDS = {n: [(f'of {n} GB', gib)] for n, gib in ((24, 23.7), (80, 79.2))}
+SIZES = dict(kv=(512, 512*3584), square=(3584, 3584**2), up=(3584, 18944*3584), embed=(3584, 152064*3584), smollm2_up=(576, 1536*576), smollm2_embed=(576, 49152*576))
+
+@pytest.mark.parametrize('found, held', [([], [0]*6), (CARDS[80], [0, 29, 8, 1, 0, 16]), (CARDS[80]*4, [0, 116, 32, 4, 0, 64]), (CARDS[24], [0, 8, 2, 0, 0, 5]), (CARDS[80] + CARDS[24], [0, 16, 4, 0, 0, 10])])
+def test_room_on_gpus(found, held, monkeypatch):
+    "Small matrices and what is too large go to CPUs; as many of the others as the smallest GPU holds, on each."
+    monkeypatch.setattr(spectra, 'gpus', lambda: found)
+    monkeypatch.setattr(spectra, 'own_device', lambda: 'cuda:2')
+    assert [room(*size) for size in SIZES.values()] == held
+    assert [device_of(*size) for size in SIZES.values()] == ['cuda:2' if k else 'cpu' for k in held]
+    for k, (_, elements) in zip(held, SIZES.values()): assert k*spectra.BYTES*elements < sum(gib for _, gib in found)*2**30 or not k
+
+def test_one_call_a_device(tmp_path, monkeypatch):
+    calls, items, extents = [], dict(a=(1,), b=(2,), c=(3,)), dict(a=SIZES['up'], b=SIZES['kv'], c=SIZES['square'])
+    monkeypatch.setattr(spectra, 'map_items', lambda fn, todo, folder, workers, desc: (calls.append((list(todo), workers)), dict(todo))[1])
+    run = lambda workers: (calls.clear(), map_sized('x.y', items, extents, tmp_path, workers, 'd'), list(calls))[1:]
+    monkeypatch.setattr(spectra, 'gpus', lambda: [])
+    assert run(64) == (items, [(['a', 'b', 'c'], 64)])
+    monkeypatch.setattr(spectra, 'gpus', lambda: CARDS[80])
+    assert run(64) == (items, [(['a', 'c'], 8), (['a', 'b', 'c'], 64)]) # the first are on disk by then
+    assert run(2)[1] == [(['a', 'c'], 2), (['a', 'b', 'c'], 2)]
+    items.pop('a'), items.pop('c')
+    assert run(64)[1] == [(['b'], 64)]
+
+def test_processes(monkeypatch):
+    cfg = load_params('tiny', dict(workers=3))
+    monkeypatch.setattr(os, 'cpu_count', lambda: 16)
+    monkeypatch.setattr(spectra, 'gpus', lambda: [])
+    assert spectra.processes(cfg) == 3
+    monkeypatch.setattr(spectra, 'gpus', lambda: CARDS[80])
+    assert spectra.processes(cfg) == 8 and spectra.processes(load_params('tiny', dict(workers=12))) == 12
+
+def test_compare_with_a_gpu(tmp_path, monkeypatch):
+    "Some matrices there, some here; the record is in order, and says of each what a CPU says."
+    for f, noise in (('a', 0), ('b', .01)):
+        t = {f'model.{n}.weight': randn(*s, seed=3) for n, s in (('layers.0.self_attn.q_proj', (12, 12)), ('layers.0.mlp.up_proj', (30, 12)), ('embed_tokens', (60, 12)))}
+        save_file({n: (W + noise*randn(*W.shape, seed=8)).float() for n, W in (t | {'lm_head.weight': randn(50, 12, seed=4)}).items()}, tmp_path/f'{f}.safetensors')
+    run = lambda out: compare(tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/out, ks=[3], draws=2)
+    want, where, ends, real, align = run('cpu'), {}, [], spectra.measure, spectra.end_alignment
+    monkeypatch.setattr(spectra, 'gpus', lambda: CARDS[24])
+    monkeypatch.setattr(spectra, 'own_device', lambda: 'cuda:0')
+    monkeypatch.setattr(spectra, 'SHORT', 300)
+    monkeypatch.setattr(spectra, 'measure', lambda W, W0, *a: (where.update({tuple(W.shape): (W.is_cuda, W0.is_cuda)}), real(W, W0, *a))[1])
+    monkeypatch.setattr(spectra, 'end_alignment', lambda *Ws: (ends.append([W.is_cuda for W in Ws]), align(*Ws))[1])
+    with GPU(): got = run('gpu')
+    assert where == {(12, 12): (False, False), (30, 12): (True, True), (60, 12): (True, True), (50, 12): (True, True)} and ends == [[True]*2]*2
+    assert list(got['matrices']) == list(want['matrices']) and got['matrices']['layers.0.q'] == want['matrices']['layers.0.q']
+    near(got['ends'], want['ends'])
+    for n, r in want['matrices'].items(): near(got['matrices'][n]['sides'], r['sides']); near(got['matrices'][n]['split'], r['split'])
+    monkeypatch.setattr(spectra, 'NARROW', 12)
+    where.clear()
+    with GPU(): run('all')
+    assert where == {s: (True, True) for s in ((12, 12), (30, 12), (60, 12), (50, 12))}
 
 # figures
 

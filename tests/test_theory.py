@@ -6,9 +6,10 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from rlsft_nb import theory as T
+from rlsft_nb import spectra, theory as T
 from rlsft_nb.core import Stage, load_params, run_stage, verdict_table
 from rlsft_nb.weights import Checkpoint
+from test_spectra import GPU, same_draws
 
 few = settings(max_examples=20)
 close = lambda a, b, tol=1e-9: torch.testing.assert_close(a, b, rtol=tol, atol=tol)
@@ -209,7 +210,7 @@ def test_freedoms_on_disk_are_all_gauge(pico, tmp_path, kind, name, at):
     lm, tok = load_lm(str(pico[kind]))
     T.FREEDOMS[name][0](lm.double(), torch.Generator().manual_seed(1))
     b = Checkpoint(save_lm(lm, tok, tmp_path/'turned'))
-    r = T.measure_chain('x', Checkpoint(pico[kind]), b, 1, at, 2, 0, 'cpu')
+    r = T.measure_chain('x', Checkpoint(pico[kind]), b, 1, at, 2, 0)
     if at == 'mlp': assert r == dict(label='x', kind='mlp', layer=1, changed=False)
     else: assert r['gauge'] == pytest.approx(1, abs=1e-6)
 
@@ -250,6 +251,61 @@ def test_theory_stage(pico, tmp_path, monkeypatch):
     assert narrow == [r for r in chains if r['kind'] != 'mlp']
     monkeypatch.setattr(T, 'measure_chain', None)
     assert T.theory_stage(cfg).results()['chains'] == chains
+
+# GPUs, pretended
+
+@pytest.mark.parametrize('heads, planes', [(1, False), (2, False), (2, True)])
+def test_a_gpu_judges_the_same(heads, planes, monkeypatch):
+    before = normal(0, 16, 12), normal(1, 10, 16*heads)
+    after = before[0] + .01*normal(2, 16, 12), before[1] + .01*normal(3, 10, 16*heads)
+    run = lambda at: T.judge([W.to(at) for W in before], [W.to(at) for W in after], heads, planes, 3)
+    with GPU() as gpu: got = run('cuda:0')
+    assert {'linalg_eigh', 'linalg_qr', 'randn'} <= gpu.ran
+    other = run('cpu')
+    monkeypatch.setattr(spectra, '_source', same_draws)
+    want = run('cpu')
+    near(got, want)
+    assert got['chance'] == pytest.approx(want['chance']) and got['chance'] != pytest.approx(other['chance'])
+
+def test_singular_values_of_an_update_are_found_once(monkeypatch):
+    seen, real = [], T.singular_values
+    for m in (T, spectra): monkeypatch.setattr(m, 'singular_values', lambda X: (seen.append(tuple(X.shape)), real(X))[1])
+    before = normal(0, 6, 5), normal(1, 4, 6)
+    T.judge(before, [W + .01 for W in before], draws=7)
+    assert seen == [(6, 5), (4, 6)]
+
+def test_size_of_a_chain(pico):
+    ck = Checkpoint(pico['qwen2'])
+    assert {k: T.chain_extent(ck, 0, k) for k in T.CHAINS} == dict(vo=(32, 16*32 + 32*32 + 16**2), qk=(32, 16*32 + 32*32 + 16**2), mlp=(48, 2*32*48 + 48**2))
+
+def test_large_chains_go_to_a_gpu(pico, tmp_path, monkeypatch):
+    "The others stay; records as on a CPU, in the same order."
+    (tmp_path/'b').mkdir()
+    save_file({k: v + .01*normal(0, *v.shape).float() for k, v in load_file(pico['qwen2']/'model.safetensors').items()}, tmp_path/'b'/'model.safetensors')
+    a, b = Checkpoint(pico['qwen2']), Checkpoint(tmp_path/'b')
+    run = lambda: [T.measure_chain('x', a, b, l, k, 2, 0) for l, k in T.chains(a, b, 48)]
+    want, where, real = run(), [], T.judge
+    monkeypatch.setattr(spectra, 'gpus', lambda: [('one', 24.)])
+    monkeypatch.setattr(spectra, 'own_device', lambda: 'cuda:0')
+    monkeypatch.setattr(spectra, 'NARROW', 48)
+    monkeypatch.setattr(T, 'judge', lambda before, after, *how: (where.append({W.is_cuda for W in (*before, *after)}), real(before, after, *how))[1])
+    with GPU(): got = run()
+    assert where == [{False}, {False}, {True}]*2
+    for r, s in zip(got, want):
+        near(r, s)
+        if r['kind'] != 'mlp': assert r == s
+
+def test_the_stage_uses_all_processes(pico, monkeypatch):
+    monkeypatch.setattr(T, 'curve_stage', lambda cfg, seed: made('curve', dict(end=8), seed))
+    monkeypatch.setattr(T, 'rl_stage', lambda cfg, step, seed: made('ppo', dict(step=step), seed))
+    monkeypatch.setattr(T, 'named', lambda cfg, seed: dict.fromkeys(('base', 'peak', 'end', 'rl'), str(pico['qwen2'])))
+    calls = []
+    monkeypatch.setattr(T, 'map_sized', lambda fn, items, extents, folder, workers, desc: (calls.append((fn, list(items), extents, workers)), {})[1])
+    monkeypatch.setattr(T, 'processes', lambda cfg: cfg.workers + 7)
+    T.theory_stage(load_params('tiny', dict(workers=2, theory=dict(draws=3))))
+    (fn, items, extents, workers), = calls
+    assert fn == 'theory.measure_chain' and workers == 9 and len(items) == 18 and items == list(extents)
+    assert extents['RL-1-mlp'] == (48, 2*32*48 + 48**2)
 
 # figure and verdict
 
