@@ -34,8 +34,8 @@ def _to(t, args, kwargs):
     return claim(out) if gpu else out
 
 class GPU(TorchFunctionMode):
-    "The pretence; `ran` names what was computed there."
-    def __enter__(self): self.ran, torch.Generator = set(), _source; return super().__enter__()
+    "The pretence; `ran` names what was computed there, `drivers` cuSOLVER's methods that were asked for, with the shapes."
+    def __enter__(self): self.ran, self.drivers, torch.Generator = set(), [], _source; return super().__enter__()
     def __exit__(self, *a): torch.Generator = _generator; return super().__exit__(*a)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -56,6 +56,7 @@ class GPU(TorchFunctionMode):
             if name in OUT: return func(*args, **kwargs)
             if name not in INTO and any(x.dim() for x in tensors if not isinstance(x, Claimed)) and where is None: raise RuntimeError(f'{name}: expected all tensors to be on the same device')
             self.ran.add(name)
+            if 'driver' in kwargs: self.drivers.append((kwargs.pop('driver'), tuple(args[0].shape)))
             return tree_map(claim, func(*args, **kwargs))
 
 def moved(lm):

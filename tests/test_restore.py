@@ -1,5 +1,5 @@
 "Restoration: identities, an independent implementation, checkpoints of several architectures, interrupted writes, the command."
-import json, subprocess, sys
+import gc, json, math, subprocess, sys, weakref
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -13,6 +13,7 @@ from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_js
 from rlsft_nb.models import score
 from rlsft_nb.tiny import make_tokenizer, new_model
 from rlsft_nb.weights import CheckpointError, canonical
+import pretend
 
 EXACT = ('directions', 'rotate', 'values', 'swap')
 few = settings(max_examples=25)
@@ -43,17 +44,6 @@ def by_loops(W, W0, mode, lo, hi):
         for r in range(W.shape[0]):
             for c in range(W.shape[1]): out[r, c] += x*u[r]*v[c]
     return torch.from_numpy(out)
-
-def test_no_workbench_stands_beside_those_of_the_workers(monkeypatch, tmp_path):
-    from rlsft_nb.models import load_lm, save_lm
-    lm, tok = load_lm('tiny')
-    for name, by in (('a', 0.), ('b', .01)):
-        lm.model.layers[0].mlp.up_proj.weight.data.add_(by)
-        save_lm(lm, tok, tmp_path/name)
-    open_then, pair = [], (str(tmp_path/'b'), str(tmp_path/'a'), '')
-    monkeypatch.setattr(R, 'map_items', lambda fn, items, *_: open_then.append(len(R._bench)) or dict.fromkeys(items))
-    played = R.play_cells(load_params('tiny'), 0, dict(rl=pair, end=pair), tmp_path)
-    assert open_then == [0] and played['rl']['depth'] == 4 and len(played['end']['got']) == len(played['end']['specs']) > 2
 
 # the operation
 
@@ -420,9 +410,186 @@ def test_a_workbench_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     for spec in (dict(ranks=.3), dict(mode='swap', layers='1'), dict(mode='values', types=['q']), dict(mode='directions', ranks=0.)):
         assert small.put(**spec) == pytest.approx(large.put(**spec), 1e-6)
         for n, v in small.params.items(): close(v, large.params[n], 1e-6)
-    assert all(torch.equal(v, tensors(Path(tgt))[k]) for k, v in small.lm.named_parameters()) and small.shares() == pytest.approx(large.shares())
+    assert all(torch.equal(v, tensors(Path(tgt))[k]) for k, v in small.lm.named_parameters()) and small.freedom == large.freedom
     large.pairs.folder.cleanup()
     assert not folder.exists()
+
+@pytest.mark.parametrize('shape', [(40, 12), (12, 40), (20, 20)])
+@pytest.mark.parametrize('kept', [12, 9, 2, 0]) # of 12 directions: all, some columns on the disk, the fallback of `decompose`, a matrix of zeros
+def test_a_decomposition_comes_back_from_its_short_side(tmp_path, monkeypatch, shape, kept):
+    rng = torch.Generator().manual_seed(0)
+    W0 = torch.randn(shape, generator=rng)
+    W = (torch.randn(shape[0], kept, generator=rng) @ torch.randn(kept, shape[1], generator=rng)) + 1e-9*W0*bool(kept)
+    monkeypatch.setattr(R, 'KEEP_GIB', 0)
+    pairs, p = R.Pairs([shape]), R.pair(W, W0)
+    pairs['a'] = p
+    q, held = pairs['a'], load_file(pairs._file('a'))
+    assert q.dtype == torch.float32 and torch.equal(q.W, p.W) and torch.equal(q.W0, p.W0)
+    for S, T, M in ((q.a, p.a, W), (q.a0, p.a0, W0)):
+        for a, b in zip(S, T): close(a, b, 1e-11)
+        close((S.U*S.s) @ S.Vt, M.double(), 1e-6)
+        for B in (S.U, S.Vt.mT): close(B.mT @ B, torch.eye(B.shape[1]).double(), 1e-9)
+    assert held['tail0'].shape[1] == min(shape) - min(kept, min(shape)) and held['tail1'].shape[1] == 0
+
+# with a GPU, or what says it is one
+
+class GPU(pretend.GPU):
+    "Takes the drivers that only a real one has."
+    def __torch_function__(self, func, types, args=(), kwargs=None): return super().__torch_function__(func, types, args, {k: v for k, v in (kwargs or {}).items() if k != 'driver'})
+
+def near(shape, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    W0 = torch.randn(shape, generator=rng)
+    return W0 + .05*torch.randn(shape, generator=rng), W0
+
+@pytest.mark.parametrize('shape', [(30, 14), (14, 30), (20, 20)])
+@pytest.mark.parametrize('mode', R.MODES)
+def test_every_mode_on_a_gpu(shape, mode):
+    W, W0 = near(shape)
+    for lo, hi in ((0, 5), (4, 9), (0, min(shape))):
+        p = R.pair(W, W0)
+        want = R.edit64(p, mode, lo, hi, 3)
+        with GPU() as gpu:
+            there = lambda *Ms: [M.to('cuda:0') for M in Ms]
+            q = R.Pair(*there(p.W, p.W0), R.Spectrum(*there(*p.a)), R.Spectrum(*there(*p.a0)), p.dtype) # another decomposition would have other signs
+            got = R.edit64(q, mode, lo, hi, 3)
+            assert got.is_cuda and not gpu.ran & {'linalg_svd', 'linalg_eigh', 'linalg_eigvalsh', 'linalg_svdvals'}
+            told = R.describe(q, got, mode, lo, hi) | dict(freedom=R.freedom(q))
+            got = got.cpu()
+        size = norm(want - p.W)
+        assert norm(got - p.W) == pytest.approx(size, 2e-6)
+        close(got, want, 1e-6*size if mode == 'random_rotation' else 1e-9) # the pretended GPU draws as the CPU does; trials of a size end within a millionth
+        if mode in ('rotate', 'random_rotation'): close(sv(got), p.a.s, 1e-10)
+        mine = R.describe(p, want, mode, lo, hi) | dict(freedom=R.freedom(p))
+        assert json.dumps(told) and told.keys() == mine.keys()
+        for k in ('size', 'distance', 'to_reference', 'norm', 'condition'): assert told[k] == pytest.approx(mine[k], 1e-5), k
+
+def test_a_gpu_draws_by_itself():
+    W, W0 = near((20, 14))
+    with GPU():
+        p = R.pair(W.to('cuda:0'), W0.to('cuda:0'))
+        for mode in ('random_rotation', 'random_change'):
+            a, b, c = (R.edit64(p, mode, 0, 4, seed).cpu() for seed in (0, 0, 1))
+            assert torch.equal(a, b) and not torch.equal(a, c)
+
+@few
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(0, 20), st.floats(-6, 0), st.floats(-3, 3))
+def test_the_nearest_frame_by_products(seed, p, more, least, scale):
+    "Singular values from 10**least to 1, all of them times 10**scale."
+    rng = np.random.default_rng(seed)
+    U, V = (np.linalg.qr(rng.normal(size=(n, p)))[0] for n in (p + more, p))
+    s = 10**rng.uniform(least, 0, p)*10**scale
+    X = torch.from_numpy((U*s) @ V.T)
+    close(R._by_products(X), torch.from_numpy(U @ V.T), 1e-8*10**-least*1e-2 + 1e-10)
+
+def test_a_frame_that_products_do_not_find():
+    X = torch.eye(4, dtype=torch.float64)
+    X[:, 3] = X[:, 0]
+    assert R._by_products(X) is None and R._by_products(0*X) is None
+    W, W0 = torch.diag(torch.tensor([3., 2., 1.]).double()), torch.diag(torch.tensor([1., 2., 3.]).double())
+    with GPU() as gpu: # a direction is taken twice
+        out = R.edit64(R.pair(W.to('cuda:0'), W0.to('cuda:0')), 'rotate', 0, 1).cpu()
+        assert 'linalg_svd' in gpu.ran
+    close(sv(out), torch.tensor([3., 2., 1.]).double())
+
+def test_on_a_cpu_random_rotation_is_what_it_was():
+    "To the last bit: kept figures were made with these sums in this order."
+    def frame(X):
+        lam, Q = torch.linalg.eigh(X.mT @ X)
+        return X @ ((Q*lam.rsqrt()) @ Q.mT)
+    for shape in ((30, 14), (14, 30), (20, 20)):
+        p, rng = R.pair(*near(shape)), torch.Generator().manual_seed(3)
+        size = float((p.W + (p.a0.U*p.a.s) @ p.a0.Vt - (p.a.U*p.a.s) @ p.a.Vt - p.W).norm())
+        G, H = (torch.randn(B.shape, generator=rng, dtype=torch.float64)/B.shape[0]**.5 for B in (p.a.U, p.a.Vt.mT))
+        t, got = size/float(p.W.norm()), 0.
+        while abs(got - size) > 1e-6*size:
+            out = p.W + (frame(p.a.U + t*G)*p.a.s) @ frame(p.a.Vt.mT + t*H).mT - (p.a.U*p.a.s) @ p.a.Vt
+            got = float((out - p.W).norm())
+            t *= size/got
+        assert torch.equal(R.edit64(p, 'random_rotation', seed=3), out)
+
+def most_bytes(f):
+    "The most memory of tensors that a call takes at a time."
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: f()
+    each = [e.nbytes() for e in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()) if e.name() == '[memory]']
+    return int(np.cumsum(each).max())
+
+@pytest.mark.parametrize('shape', [(6000, 48), (48, 6000)])
+@pytest.mark.parametrize('mode', R.MODES)
+def test_the_memory_of_an_edit_is_as_planned(shape, mode):
+    "Bytes for each entry: the pair, and the most that anything made of it takes."
+    def work():
+        p = R.pair(*(M.to('cuda:0') for M in near(shape)))
+        R.describe(p, R.edit64(p, mode, 0, 10), mode, 0, 10)
+    with GPU(): assert 50 < most_bytes(work)/math.prod(shape) < R.WORK
+
+def test_narrow_matrices_stay_on_the_cpu():
+    with GPU(): assert [R.placed(torch.zeros(s), 'cuda:0').is_cuda for s in ((1024, 1024), (1024, 3000), (1023, 3000), (3000, 576))] == [True, True, False, False]
+    assert R.placed(W := torch.zeros(1024, 1024), 'cpu') is W
+
+@pytest.mark.parametrize('keep', [8, 0])
+def test_a_workbench_with_a_gpu_is_the_one_without(tmp_path, monkeypatch, keep):
+    (tgt, ref, _), cfg = pico_pair(tmp_path)
+    true = R.load_lm
+    for name, by in (('ref', .02), ('other', .03)): # near the target, as checkpoints of one run are
+        spoil(tmp_path/'tgt', lambda sd: save_file({k: v + by*v.std()*torch.randn(v.shape, generator=torch.Generator().manual_seed(len(k))) if v.ndim == 2 else v for k, v in sd.items()}, tmp_path/name/'model.safetensors', {'format': 'pt'}))
+    cpu = R.Workbench(tgt, ref, cfg, like=str(tmp_path/'other'))
+    monkeypatch.setattr(R, 'KEEP_GIB', keep); monkeypatch.setattr(R, 'placed', lambda W, d: W.to(d) if W.shape[0] > 64 else W)
+    monkeypatch.setattr(R, 'device', lambda cfg: 'cuda:0'); monkeypatch.setattr(R, 'load_lm', lambda t, c, d, dtype: true(t, c, 'cpu', dtype))
+    with GPU() as gpu:
+        w = R.Workbench(tgt, ref, cfg, like=str(tmp_path/'other'))
+        at = {n: w.pairs[n].W.is_cuda for n in w.params}
+        assert at == {n: v.shape[0] > 64 for n, v in w.params.items()} and len(set(at.values())) == 2 and bool(w.pairs.folder) == (keep == 0)
+        assert w.freedom == pytest.approx(cpu.freedom)
+        for mode in R.MODES:
+            for spec in (dict(ranks=.3), dict(layers='1')):
+                assert cpu.put(mode, **spec) == pytest.approx(w.put(mode, **spec), 1e-3, abs=1e-6)
+                if mode != 'random_rotation': # other signs, another turn
+                    for n, v in w.params.items(): close(v, cpu.params[n], 1e-5)
+
+def test_checkpoints_on_disk_are_made_with_the_gpu(tmp_path, monkeypatch):
+    tgt, ref = two(tmp_path, 'qwen2')
+    variants = dict(part=dict(ranks=.4), turned=dict(mode='random_rotation', ranks=2), vectors=dict(types=['q', '1d'], mode='swap'))
+    R.restore_all(tgt, ref, {tmp_path/n: v for n, v in variants.items()})
+    monkeypatch.setattr(R, 'WIDE', 16); monkeypatch.setattr(R, 'own_device', lambda: 'cuda:0')
+    with GPU() as gpu: R.restore_all(tgt, ref, {tmp_path/f'{n}-gpu': v for n, v in variants.items()})
+    assert gpu.ran
+    for n in variants:
+        a, b = tensors(tmp_path/n), tensors(tmp_path/f'{n}-gpu')
+        assert a.keys() == b.keys() and all(a[k].dtype == b[k].dtype for k in a)
+        for k in a if n != 'turned' else (): close(a[k], b[k], 1e-5)
+
+# workbenches
+
+def test_never_two_workbenches_and_none_beside_workers(monkeypatch, tmp_path):
+    (tgt, ref, other), cfg = pico_pair(tmp_path)
+    alive, made, calls, true = weakref.WeakSet(), [], [], R.map_items
+    class Bench:
+        freedom = dict(measured=.1, chance=.1)
+        def __init__(self, *a): alive.add(self); self.me = self; made.append(len(alive)) # a ring, as models have
+        def put(self, **spec): made.append(len(alive)); return {}
+    def counted(*a): calls.append(len(alive)); return true(*a)
+    monkeypatch.setattr(R, 'Workbench', Bench); monkeypatch.setattr(R, 'map_items', counted); monkeypatch.setattr(R, 'within_all', lambda *a: {})
+    monkeypatch.setattr(R, 'score_cell', lambda t, r, c, spec, seed, like, within: dict(edit=R.workbench(t, r, c, like).put(**spec), freedom=R.workbench(t, r, c, like).freedom))
+    gc.disable()
+    try:
+        R.workbench(tgt, other, cfg) # left from before
+        got = R.play_cells(cfg, 0, dict(peak=(tgt, ref, ''), base=(tgt, other, '')), tmp_path/'one')
+        assert set(made) == {1} and made.count(1) == 3 + 50 # opened, played
+        assert calls == [0] and not alive and not R._bench
+        R.workbench(tgt, other, cfg)
+        monkeypatch.setattr(R, 'map_items', lambda fn, items, *_: calls.append(len(alive)) or dict.fromkeys(items, got['peak']['got']['values-all-full']))
+        R.play_cells(cfg, 0, dict(peak=(tgt, ref, ''), base=(tgt, other, '')), tmp_path/'two')
+        assert calls == [0, 0] and not alive
+    finally: gc.enable()
+
+@pytest.mark.parametrize('kind', ['qwen2', 'llama', 'mllama'])
+def test_the_cells_of_a_target_follow_from_its_headers(pico, kind):
+    cfg, folder = load_params('tiny'), str(pico[kind])
+    params = R.Workbench(folder, folder, cfg).params
+    rows = [R.Row(n) for n in params]
+    assert R.outline(folder, cfg) == dict(depth=1 + max(r.layer for r in rows), rank=max(min(v.shape) for v in params.values()), tied='head' not in params)
 
 def test_the_unrelated_reference_is_as_far(tmp_path):
     (tgt, ref, other), cfg = pico_pair(tmp_path)

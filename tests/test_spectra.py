@@ -8,7 +8,7 @@ from rlsft_nb import spectra
 from rlsft_nb.spectra import *
 from rlsft_nb.core import load_params
 from rlsft_nb.weights import Checkpoint, CheckpointError
-import pretend
+from pretend import GPU, Claimed, plain
 from test_weights import build
 
 def given(*s): return lambda f: settings(max_examples=25)(all_of(*s)(f))
@@ -411,14 +411,6 @@ print((peak_mib() - before)*2**20/600**2)'''
 
 # GPUs, pretended
 
-class GPU(pretend.GPU):
-    "With the choice of cuSOLVER's method, which a CPU refuses."
-    def __enter__(self): self.drivers = []; return super().__enter__()
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if args and isinstance(args[0], pretend.Claimed) and 'driver' in kwargs: self.drivers.append((kwargs.pop('driver'), tuple(args[0].shape)))
-        return super().__torch_function__(func, types, args, kwargs)
-
 def same_draws(g, device): # what `_source` makes for a GPU, on the CPU
     return gen(int(torch.randint(2**62, (), generator=g)))
 
@@ -470,9 +462,9 @@ def test_hard_spectra_on_a_gpu(tail, m, n):
     "Also where the Gram matrix does not suffice: QR first, then `gesvd`, never the default."
     W = made(TAILS[tail], m, n)
     with GPU() as gpu: S, s = decompose(W.to('cuda:0')), singular_values(W.to('cuda:0'))
-    assert isinstance(S.U, pretend.Claimed)
-    check(W, Spectrum(*(pretend.plain(x) for x in S)), 1e-13)
-    assert (pretend.plain(s) - TAILS[tail].double()).abs().max() < 1e-8
+    assert isinstance(S.U, Claimed)
+    check(W, Spectrum(*(plain(x) for x in S)), 1e-13)
+    assert (plain(s) - TAILS[tail].double()).abs().max() < 1e-8
     assert all(d == 'gesvd' and a == b for d, (a, b) in gpu.drivers) and bool(gpu.drivers) == (tail != 'equal')
 
 CARDS = {n: [(f'of {n} GB', gib)] for n, gib in ((24, 23.7), (80, 79.2))}

@@ -9,7 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from rlsft_nb import spectra, theory as T
 from rlsft_nb.core import Stage, load_params, run_stage, verdict_table
 from rlsft_nb.weights import Checkpoint
-from test_spectra import GPU, same_draws
+from pretend import GPU
+from test_spectra import same_draws
 
 few = settings(max_examples=20)
 close = lambda a, b, tol=1e-9: torch.testing.assert_close(a, b, rtol=tol, atol=tol)
