@@ -1,11 +1,12 @@
 "Plans: sizes against published ones, memory against what is really held, advice that works, scripts that parse."
 import json, subprocess, sys
+from pathlib import Path
 import pytest, torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from rlsft_nb.core import ROOT, load_params
 from rlsft_nb.models import ModelError, load_lm
 from rlsft_nb.plan import *
-from rlsft_nb.plan import _with
+from rlsft_nb.plan import _decomposed, _filed, _with
 
 # sizes
 
@@ -155,4 +156,46 @@ def test_disk_and_host():
     assert host_gib(cfg, 'sft', 4) == pytest.approx(4*1.5 + 5*4*s.params/2**30) # each of four loads all weights; one gathers them
     from rlsft_nb.restore import Pairs
     assert host_gib(load_params('qwen7b', dict(launch=dict(config='deepspeed_zero3'))), 'sft', 4) == pytest.approx(4*1.5 + (5*4 + 12)*s.params/2**30)
-    assert (disk_gib(cfg, 'restore') > 100) == bool(Pairs(s.matrices).folder)
+    assert (disk_gib(cfg, 'restore') > 50) == bool(Pairs(s.matrices).folder)
+
+# restoration
+
+def test_what_a_workbench_leaves_on_the_disk(monkeypatch):
+    from rlsft_nb import restore
+    monkeypatch.setattr(restore, 'KEEP_GIB', 0)
+    shapes = [(600, 100), (100, 600), (300, 300)]
+    pairs, rng = restore.Pairs(shapes), torch.Generator().manual_seed(0)
+    for i, m in enumerate(shapes): pairs[str(i)] = restore.pair(*torch.randn(2, *m, generator=rng)) # a square one has columns of small values
+    assert sum(f.stat().st_size for f in Path(pairs.folder.name).iterdir()) == pytest.approx(2**30*_filed(shapes, 4), .05)
+    s = sizes(load_params('qwen7b'))
+    assert 80 < _filed(s.matrices, 4) < 90 < 250 < _decomposed(s.matrices) < 260
+
+def test_edits_fit_beside_the_model():
+    from rlsft_nb.restore import WORK
+    cfg = load_params('qwen7b')
+    s = sizes(cfg)
+    parts = edit_memory(cfg, s, 1)
+    assert parts == {'weights': 4*s.params, 'pair and edit': WORK*152064*3584} and memory(cfg, 'restore', 1) in (parts, score_memory(cfg, s, 1))
+    assert needed(parts) < 80 and host_gib(cfg, 'restore', 1) < 64
+    small = load_params('smollm2')
+    assert edit_memory(small, sizes(small), 1)['pair and edit'] == 0 # no matrix of it goes to a GPU
+
+def test_hours_of_edits():
+    cfg = load_params('qwen7b')
+    s, m, p = sizes(cfg), 2048, 1024
+    one = s._replace(matrices=((m, p),), depth=1)
+    by_hand = 6*2*m*p**2/(33.5e12*.6) + 4*p**3/(33.5e12*.02)
+    assert edit_seconds(cfg, one, dict(mode='directions')) == pytest.approx(by_hand) # in memory: nothing is read
+    narrow = one._replace(matrices=((m, p//2),))
+    assert edit_seconds(cfg, narrow, dict(mode='directions')) == pytest.approx((6*2*m*(p/2)**2 + 4*(p/2)**3)/30e9) # on a CPU
+    whole, layers, ends, turned = (edit_seconds(cfg, s, spec) for spec in (dict(mode='directions'), dict(mode='directions', layers='0-6'), dict(mode='directions', types=['embed', 'head']), dict(mode='random_rotation')))
+    assert whole == pytest.approx(4*layers + ends) and whole < turned < 3*whole
+    assert 2**30*disk_gib(cfg, 'restore')/3e9 < whole < 180 and open_seconds(cfg, s) < 600
+
+def test_hours_of_restoration():
+    cfg = load_params('qwen7b')
+    s, many = sizes(cfg), _with(load_params('qwen7b'), dict(workers=4))
+    cells = sum(map(len, grids_of(cfg, s).values()))
+    assert restore_hours(cfg, s, 4) > cells*score_hours(cfg, s, 2*cfg.eval.hands) and restore_hours(cfg, s, 4) < 12
+    opened = 6*open_seconds(cfg, s)/3600 # by every worker
+    assert restore_hours(many, s, 4) - opened == pytest.approx((restore_hours(cfg, s, 4) - opened)/4)

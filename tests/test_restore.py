@@ -13,7 +13,7 @@ from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_js
 from rlsft_nb.models import score
 from rlsft_nb.tiny import make_tokenizer, new_model
 from rlsft_nb.weights import CheckpointError, canonical
-import pretend
+from pretend import GPU
 
 EXACT = ('directions', 'rotate', 'values', 'swap')
 few = settings(max_examples=25)
@@ -432,10 +432,6 @@ def test_a_decomposition_comes_back_from_its_short_side(tmp_path, monkeypatch, s
     assert held['tail0'].shape[1] == min(shape) - min(kept, min(shape)) and held['tail1'].shape[1] == 0
 
 # with a GPU, or what says it is one
-
-class GPU(pretend.GPU):
-    "Takes the drivers that only a real one has."
-    def __torch_function__(self, func, types, args=(), kwargs=None): return super().__torch_function__(func, types, args, {k: v for k, v in (kwargs or {}).items() if k != 'driver'})
 
 def near(shape, seed=0):
     rng = torch.Generator().manual_seed(seed)
