@@ -238,7 +238,7 @@ def peak_mib() -> float: # MiB
 def provenance() -> dict:
     "Commit, versions, device, memory and date of this process."
     device = [n for n, _ in gpus()] if 'torch' in sys.modules else []
-    return dict(commit=_git('rev-parse', 'HEAD') or 'unknown', dirty=bool(_git('status', '--porcelain')),
+    return dict(commit=_git('rev-parse', 'HEAD') or 'unknown', dirty=bool(_git('status', '--porcelain', '.', ':!figures')), # what notebooks draw is no change of theirs
                 versions={n: v for n in LIBRARIES if (v := _version(n))}, python=platform.python_version(),
                 device=device or f'{platform.machine()} cpu, {os.cpu_count()} cores', peak_mib=peak_mib(),
                 date=datetime.now(timezone.utc).isoformat(timespec='seconds'))

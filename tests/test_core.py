@@ -121,6 +121,20 @@ def test_cache_hit_and_records():
     assert done['inputs'] == {repr(up): sha256_file(up.path/'done.json')} and done['results'] == sha256_file(s.path/'results.json')
     assert {'commit', 'dirty', 'versions', 'python', 'device', 'seconds', 'peak_mib', 'date'} <= done.keys()
 
+def test_redrawn_figures_leave_the_code_as_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, 'ROOT', tmp_path)
+    git = lambda *a: subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b', *a], check=True, capture_output=True)
+    (tmp_path/'figures').mkdir()
+    for f in ('figures/a.png', 'code.py'): (tmp_path/f).write_text('1')
+    git('init'); git('add', '.'); git('commit', '-m', 'x')
+    seen = []
+    for f in ('code.py', 'figures/a.png', 'figures/new.png', 'code.py'): seen.append(provenance()['dirty']); (tmp_path/f).write_text('2')
+    assert seen == [False, True, True, True] and provenance()['dirty']
+    git('checkout', 'code.py')
+    assert not provenance()['dirty']
+    (tmp_path/'new.py').touch()
+    assert provenance()['dirty']
+
 def test_key_depends_on_all_that_decides():
     base = dict(name='a', model='m', params=dict(x=1, y=dict(z=2.)), upstream=[], seed=0)
     up = Stage('u', 'm', {})
