@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 from fastcore.basics import AttrDict
 from scipy.special import stdtrit
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 import rlsft_nb
 
@@ -454,13 +455,14 @@ def progress(iterable, desc:str,  # what the loop does, in a few words
 
 # %% ../nbs/core.ipynb #9419f7c7
 @contextmanager
-def threads(n:int # threads of torch, 0 leaves them as they are
+def threads(n:int # of torch and of numpy's and scipy's linear algebra; 0 leaves them as they are
     ):
-    "Run a block on `n` threads; sums in another order give other last digits."
+    "Run a block on `n` threads; sums in another order give other last digits, and two processes with a thread for each core hold each other up."
     import torch
     before = torch.get_num_threads()
     if n: torch.set_num_threads(n)
-    try: yield
+    try:
+        with threadpool_limits(n or None, 'blas'): yield
     finally: torch.set_num_threads(before)
 
 def named_function(name:str # such as 'sft.curve_point'

@@ -121,6 +121,14 @@ def test_cache_hit_and_records():
     assert done['inputs'] == {repr(up): sha256_file(up.path/'done.json')} and done['results'] == sha256_file(s.path/'results.json')
     assert {'commit', 'dirty', 'versions', 'python', 'device', 'seconds', 'peak_mib', 'date'} <= done.keys()
 
+def test_threads_are_those_of_linear_algebra_too():
+    import torch, threadpoolctl, scipy.linalg
+    now = lambda: (torch.get_num_threads(), {p['num_threads'] for p in threadpoolctl.threadpool_info() if p['user_api'] == 'blas'})
+    with threads(2):
+        with threads(1): assert now() == (1, {1})
+        with threads(0): assert now() == (2, {2})
+        assert now() == (2, {2})
+
 def test_redrawn_figures_leave_the_code_as_committed(tmp_path, monkeypatch):
     monkeypatch.setattr(core, 'ROOT', tmp_path)
     git = lambda *a: subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b', *a], check=True, capture_output=True)
