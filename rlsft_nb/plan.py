@@ -256,7 +256,7 @@ def check_fits(cfg, stage:str, n:int, # processes
         if needed(parts) <= gib: return
         most = ', '.join(f'{k} {v/GIB:.1f}' for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
         raise TooLarge(f"{stage} of {cfg.name} takes about {needed(parts):.0f} GiB on each of {n} GPU{'s'*(n > 1)} of {gib:.0f} GiB ({most}). It would fit with: {advice(cfg, stage, n, gib)}")
-    free, takes = psutil.virtual_memory().available/GIB, n*(sum(memory(cfg, stage, n).values())/GIB + 1.5)
+    free, takes = psutil.virtual_memory().available/GIB, n*(needed(memory(cfg, stage, n)) - .5)
     if takes > free: raise TooLarge(f'{stage} of {cfg.name} takes about {takes:.1f} GiB of memory without a GPU; {free:.1f} GiB are free')
 
 # %% ../nbs/plan.ipynb #ac79dc8a
