@@ -15,7 +15,7 @@ __all__ = ['MODES', 'PLACES', 'WIDE', 'KEEP_GIB', 'WORK', 'WHICH', 'LOOK', 'TITL
            'fig_seeds', 'main']
 
 # %% ../nbs/05_restore.ipynb #66b4f03f
-import argparse, fcntl, gc, json, math, os, shutil, struct, sys, tempfile, zlib
+import argparse, fcntl, json, math, os, shutil, struct, sys, tempfile, zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -32,7 +32,7 @@ from torch import Tensor
 from .core import (DiskError, ParamError, Problem, Stage, StageBusy, atomic_write, cluster_interval, make_dir, map_items, mcnemar, mean_spread,
                           own_device, progress, read_json, run_stage, runs_root, write_json)
 from .game import hands
-from .models import arithmetic, cells, clusters, device, evaluate, load_lm
+from .models import arithmetic, cells, clusters, device, empty_cache, evaluate, load_lm
 from .plan import idle
 from .sft import curve_stage, decides, kept, named, sft_stage
 from . import ppo
@@ -665,8 +665,7 @@ _bench = {} # the workbench of this process
 def put_away():
     "Let go of this process's workbench, and of the memory of its GPU."
     _bench.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
+    empty_cache()
 
 def workbench(target, reference, cfg, like='') -> Workbench:
     "The workbench for a pair, opened once a process; never two at a time."
