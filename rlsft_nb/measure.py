@@ -122,8 +122,7 @@ def _asked(cfg, vocab, hands): # prompts after which the longest hand ends
 def _decoding(cfg, dev, asked, answer): # tokens a second after the prompts, and bytes of weights read for them
     n, width, said = cfg.eval.max_new_tokens, torch.finfo(getattr(torch, cfg.model.dtype)).bits//8, []
     def run(longest): said[:] = answer(asked, longest)
-    run(1)
-    prompts, whole = took(lambda: run(1), dev, 1), took(lambda: run(n), dev, 1)
+    prompts, whole = took(lambda: run(1), dev), took(lambda: run(n), dev)
     return dict(tokens_s=(sum(map(len, said)) - len(said))/(whole - prompts), bytes_s=(n - 1)*width*_weights(sizes(cfg))/(whole - prompts))
 
 def _in_its_arithmetic(cfg, answer):

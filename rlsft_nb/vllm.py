@@ -25,6 +25,7 @@ class Shown:
 
     def named_parameters(self): return [(n, p) for n, p in self.lm.named_parameters() if not n.startswith('value_head.')]
     def named_modules(self): return self.lm.named_modules()
+    def state_dict(self): return dict(self.named_parameters()) # what TRL up to 1.14 reads of FSDP2; tied weights once
 
 # %% ../nbs/vllm.ipynb #4a4557d2
 def lacks(lm, device # a `torch.device`
