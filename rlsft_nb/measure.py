@@ -115,32 +115,23 @@ def ppo_update(cfg) -> dict:
     return dict(tokens_s=rate, flops_s=(2 + 6)*_weights(sizes(cfg))*rate, arithmetic='bfloat16' if acc.mixed_precision == 'bf16' else 'float32')
 
 # %% ../nbs/measure.ipynb #2cf6a7db
-def _asked(cfg, vocab, hands): # prompts after which the longest hand ends
-    n = lengths(cfg).longest - cfg.eval.max_new_tokens
-    return torch.randint(vocab, (hands, n)).tolist()
-
-def _decoding(cfg, dev, asked, answer): # tokens a second after the prompts, and bytes of weights read for them
-    n, width, said = cfg.eval.max_new_tokens, torch.finfo(getattr(torch, cfg.model.dtype)).bits//8, []
-    def run(longest): said[:] = answer(asked, longest)
-    prompts, whole = took(lambda: run(1), dev), took(lambda: run(n), dev)
-    return dict(tokens_s=(sum(map(len, said)) - len(said))/(whole - prompts), bytes_s=(n - 1)*width*_weights(sizes(cfg))/(whole - prompts))
-
-def _in_its_arithmetic(cfg, answer):
-    def run(*a):
-        with arithmetic(cfg): return answer(*a)
-    return run
+def _decoding(cfg, hands:int, answer) -> dict: # `answer` of a model, a tokenizer and prompts
+    "Tokens a second after the prompts, and bytes of weights read for them."
+    dev, width, at = device(cfg), torch.finfo(getattr(torch, cfg.model.dtype)).bits//8, []
+    lm, tok = load_lm(cfg.name, cfg, dev, cfg.model.dtype)
+    asked = torch.randint(len(tok), (min(cfg.eval.batch, hands), lengths(cfg).longest - cfg.eval.max_new_tokens)).tolist() # after which the longest hand ends
+    with lm.register_forward_hook(lambda *a: at.append(_now(dev))), arithmetic(cfg):
+        for _ in range(2): at.clear(); said = answer(lm, tok, asked) # the first is not counted
+    spent = at[-1] - at[0]
+    return dict(tokens_s=(sum(map(len, said)) - len(said))/spent, bytes_s=(len(at) - 1)*width*_weights(sizes(cfg))/spent)
 
 def rollout(cfg) -> dict:
     "Answers to the last prompts of long hands."
-    hands, dev = min(cfg.eval.batch, cfg.ppo.episodes), device(cfg)
-    lm, tok = load_lm(cfg.name, cfg, dev, cfg.model.dtype)
-    return _decoding(cfg, dev, _asked(cfg, len(tok), hands), _in_its_arithmetic(cfg, lambda asked, n: ppo.Player(lm, tok, n, cfg.ppo.temperature)(asked)))
+    return _decoding(cfg, cfg.ppo.episodes, lambda lm, tok, asked: ppo.Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature)(asked))
 
 def scoring(cfg) -> dict:
     "The same by `generate`, greedy."
-    hands, dev = min(cfg.eval.batch, cfg.eval.hands), device(cfg)
-    lm, tok = load_lm(cfg.name, cfg, dev, cfg.model.dtype)
-    return _decoding(cfg, dev, _asked(cfg, len(tok), hands), _in_its_arithmetic(cfg, lambda asked, n: generate_ids(lm, tok, asked, n, batch_size=hands)))
+    return _decoding(cfg, cfg.eval.hands, lambda lm, tok, asked: generate_ids(lm, tok, asked, cfg.eval.max_new_tokens, batch_size=len(asked)))
 
 # %% ../nbs/measure.ipynb #c91b8b01
 def _layer(cfg): # (W, W0) of each matrix, on the device
