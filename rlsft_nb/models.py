@@ -284,9 +284,9 @@ def cells(cfg) -> dict: # name -> (rule, face cards only)
     i, o = cfg.game.id_rule, cfg.game.ood_rule
     return {'ID': (i, False), 'OOD': (o, True), 'ID rule, face cards': (i, True), 'OOD rule, any hand': (o, False)}
 
-def clusters(cfg) -> dict: # cell -> multisets, one a test hand
-    "Hands of one multiset are not independent: what intervals and paired tests of test hands are clustered by."
-    return {c: [tuple(sorted(values(h, rule))) for h in hands('test', rule, face)[:cfg.eval.hands]] for c, (rule, face) in cells(cfg).items()}
+def clusters(cfg, part:str='test') -> dict: # cell -> multisets, one a hand
+    "Hands of one multiset are not independent: what intervals and paired tests are clustered by."
+    return {c: [tuple(sorted(values(h, rule))) for h in hands(part, rule, face)[:cfg.eval.hands]] for c, (rule, face) in cells(cfg).items()}
 
 def empty_cache():
     "Gives back what this process holds of a GPU's memory without using it, for others that share the GPU."

@@ -680,13 +680,14 @@ def score_cell(target:str,    # checkpoint that is edited
                spec:dict,     # arguments of `Workbench.put`
                seed:int=0,    # of the random controls
                like:str='',   # see `Workbench`
-               within:int=0   # hands that are also played within `cfg.game.attempts`
+               within:int=0,  # hands that are also played within `cfg.game.attempts`
+               part:str='test'# whose first `cfg.eval.hands` hands are played
     ) -> dict:                # ID and OOD: records of `evaluate`, first attempt; within: the same, of all attempts; edit: see `total`; freedom: see `shares`
     "One cell of the experiment; a worker function for `map_items`."
     w, g, e = workbench(target, reference, cfg, like), cfg.game, cfg.eval
     edited = w.put(**spec, seed=seed)
     how = dict(target=g.target, feedback=g.feedback, max_new_tokens=e.max_new_tokens, batch_size=e.batch)
-    def played(n, attempts): return {c: evaluate(w.lm, w.tok, hands('test', *cells(cfg)[c])[:n], cells(cfg)[c][0], attempts, **how) for c in ('ID', 'OOD')}
+    def played(n, attempts): return {c: evaluate(w.lm, w.tok, hands(part, *cells(cfg)[c])[:n], cells(cfg)[c][0], attempts, **how) for c in ('ID', 'OOD')}
     with arithmetic(cfg): return played(e.hands, 1) | dict(edit=edited, freedom=w.freedom) | (dict(within=played(within, g.attempts)) if within else {})
 
 # %% ../nbs/05_restore.ipynb #df7e9e8c
