@@ -6,12 +6,12 @@
 __all__ = ['ROOT', 'TYPES', 'LIBRARIES', 'FORMAT', 'COLUMNS', 'runs_root', 'figures_dir', 'Problem', 'ParamError', 'StageMissing',
            'StageBusy', 'DiskError', 'check_value', 'read_annotations', 'check_params', 'models', 'load_params',
            'show_params', 'make_dir', 'atomic_write', 'write_json', 'read_json', 'sha256_file', 'gpus', 'own_device',
-           'peak_mib', 'provenance', 'Stage', 'missing_device', 'run_stage', 'save_figure', 'save_record', 'wilson',
-           'mcnemar', 'mean_spread', 'cluster_interval', 'Markdown', 'verdict_table', 'progress', 'threads',
-           'named_function', 'map_items']
+           'empty_cache', 'peak_mib', 'provenance', 'Stage', 'missing_device', 'run_stage', 'save_figure',
+           'save_record', 'wilson', 'mcnemar', 'mean_spread', 'cluster_interval', 'Markdown', 'verdict_table',
+           'progress', 'threads', 'named_function', 'map_items']
 
 # %% ../nbs/core.ipynb #ca566423
-import ast, difflib, fcntl, hashlib, importlib, importlib.metadata, io, json, math, os, platform, resource, signal, statistics, subprocess, sys, time
+import ast, difflib, fcntl, gc, hashlib, importlib, importlib.metadata, io, json, math, os, platform, resource, signal, statistics, subprocess, sys, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -229,6 +229,12 @@ def own_device() -> str: # 'cpu', 'cuda:0', ...
     import torch
     n, mine = torch.cuda.device_count(), int(os.environ.get('LOCAL_RANK', (current_process()._identity or (1,))[0] - 1))
     return f'cuda:{mine % n}' if n else 'cpu'
+
+def empty_cache():
+    "Gives back what this process holds of a GPU's memory without using it, for others that share the GPU."
+    if not (torch := sys.modules.get('torch')): return
+    gc.collect()
+    if torch.cuda.is_initialized(): torch.cuda.empty_cache()
 
 # %% ../nbs/core.ipynb #b23d4bb5
 def peak_mib() -> float: # MiB
@@ -487,6 +493,7 @@ def _pool(n):
     one = dict(OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
     before = {k: os.environ.get(k) for k in one}
     os.environ.update(one)
+    empty_cache()
     pool = ProcessPoolExecutor(n, get_context('spawn'), named_function('core._worker'), (n,))
     try: yield pool
     except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise

@@ -16,8 +16,8 @@ import yaml
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers.modeling_utils import set_zero3_state
 
-from .core import ParamError, Problem, StageMissing, load_params, missing_device, run_stage
-from .models import empty_cache, rank, save_lm, world
+from .core import ParamError, Problem, StageMissing, empty_cache, load_params, missing_device, run_stage
+from .models import rank, save_lm, world
 from .paper import _mapping
 from .plan import check_fits, config_file, idle, overrides_of
 

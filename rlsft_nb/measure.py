@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHEET', 'RUNS', 'PLANNED', 'first_layers', 'standing_in', 'random_checkpoint', 'took', 'product_rate', 'copy_rate',
-           'sft_steps', 'long_hand', 'ppo_update', 'rollout', 'scoring', 'spectra_layer', 'restore_layer', 'alone',
-           'foretold', 'deepest', 'measure', 'lines', 'main']
+           'operations', 'sft_steps', 'long_hand', 'ppo_update', 'rollout', 'scoring', 'spectra_layer', 'restore_layer',
+           'alone', 'foretold', 'deepest', 'measure', 'lines', 'main']
 
 # %% ../nbs/measure.ipynb #77bdb980
 import argparse, random, statistics, sys, tempfile, time
@@ -16,11 +16,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from . import ppo, restore, sft, spectra
-from .core import Problem, _pool, gpus, load_params, named_function, peak_mib, provenance, save_record, threads
+from .core import Problem, _pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, save_record, threads
 from .game import Verdict
-from .models import EMBEDDED, _class, arithmetic, device, empty_cache, generate_ids, load_lm, save_lm
+from .models import EMBEDDED, _class, arithmetic, device, generate_ids, load_lm, save_lm
 from .paper import _mapping
-from .plan import GIB, H100, STAGES, _with, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds
+from .plan import GIB, H100, STAGES, _with, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds, width
 
 # %% ../nbs/measure.ipynb #506e44fd
 def first_layers(cfg, depth:int): # transformers' config
@@ -33,8 +33,8 @@ def first_layers(cfg, depth:int): # transformers' config
     return config
 
 def standing_in(cfg, folder): # parameters
-    "`cfg` with the checkpoint in `folder` as its model, trained by one process."
-    return _with(cfg | dict(workers=1), dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[])))
+    "`cfg` with the checkpoint in `folder` as its model, trained by one process in passes of the size that each of its processes has."
+    return _with(cfg | dict(workers=1), dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[], accumulate=cfg.sft.accumulate*cfg.launch.processes)))
 
 # %% ../nbs/measure.ipynb #43532d41
 def random_checkpoint(cfg, depth:int, folder) -> Path:
@@ -77,7 +77,11 @@ class _Clock(TrainerCallback): # when each step ended
     def __init__(self, dev): self.dev, self.at = dev, []
     def on_step_end(self, *_, **__): self.at.append(_now(self.dev))
 
-def _weights(s): return s.trained - (s.embed if s.head else 0) # those that multiply each token
+def operations(s, tokens:int, said:int # of `sizes`; tokens, and those that the head sees
+    ) -> int:
+    "Of one forward pass: two a weight and token. The head is left out where nothing is scored, and attention's own products everywhere."
+    head = s.head or s.embed
+    return 2*((s.trained - s.embed - s.head)*tokens + head*said)
 
 def sft_steps(cfg, steps:int=5) -> dict:
     "Steps of SFT."
@@ -92,7 +96,7 @@ def sft_steps(cfg, steps:int=5) -> dict:
         t.add_callback(clock)
         t.train()
     rate = n*l.row/statistics.median(b - a for a, b in zip(clock.at, clock.at[1:]))
-    return dict(tokens_s=rate, flops_s=6*_weights(sizes(cfg))*rate, arithmetic='bfloat16' if cfg.sft.bf16 else 'float32')
+    return dict(tokens_s=rate, flops_s=3*operations(sizes(cfg), l.row, l.answer)/l.row*rate, arithmetic='bfloat16' if cfg.sft.bf16 else 'float32')
 
 # %% ../nbs/measure.ipynb #70516293
 def long_hand(cfg, vocab:int, rng) -> ppo.Trace: # with every attempt at the length limit
@@ -111,19 +115,20 @@ def ppo_update(cfg) -> dict:
     model, opt, tok, ref = ppo.setup(acc, cfg, cfg.name, 0)
     traces = [long_hand(cfg, len(tok), random.Random(i)) for i in range(p.batch)]
     learn = lambda: ppo.update(acc, model, opt, traces, p, tok.pad_token_id, random.Random(0), ref)
-    rate = sum(len(t.ids) for t in traces)/took(learn, str(acc.device), 2)
-    return dict(tokens_s=rate, flops_s=(2 + 6)*_weights(sizes(cfg))*rate, arithmetic='bfloat16' if acc.mixed_precision == 'bf16' else 'float32')
+    tokens, said = (sum(map(f, traces)) for f in (lambda t: len(t.ids), lambda t: sum(b - a for a, b in t.spans)))
+    rate = tokens/took(learn, str(acc.device), 2)
+    return dict(tokens_s=rate, flops_s=(1 + 3)*operations(sizes(cfg), tokens, said)/tokens*rate, arithmetic='bfloat16' if acc.mixed_precision == 'bf16' else 'float32')
 
 # %% ../nbs/measure.ipynb #2cf6a7db
 def _decoding(cfg, hands:int, answer) -> dict: # `answer` of a model, a tokenizer and prompts
     "Tokens a second after the prompts, and bytes of weights read for them."
-    dev, width, at = device(cfg), torch.finfo(getattr(torch, cfg.model.dtype)).bits//8, []
+    dev, s, at = device(cfg), sizes(cfg), []
     lm, tok = load_lm(cfg.name, cfg, dev, cfg.model.dtype)
     asked = torch.randint(len(tok), (min(cfg.eval.batch, hands), lengths(cfg).longest - cfg.eval.max_new_tokens)).tolist() # after which the longest hand ends
     with lm.register_forward_hook(lambda *a: at.append(_now(dev))), arithmetic(cfg):
         for _ in range(2): at.clear(); said = answer(lm, tok, asked) # the first is not counted
     spent = at[-1] - at[0]
-    return dict(tokens_s=(sum(map(len, said)) - len(said))/spent, bytes_s=(len(at) - 1)*width*_weights(sizes(cfg))/spent)
+    return dict(tokens_s=(sum(map(len, said)) - len(said))/spent, bytes_s=(len(at) - 1)*width(cfg)*operations(s, 1, 1)/2/spent)
 
 def rollout(cfg) -> dict:
     "Answers to the last prompts of long hands."
@@ -139,15 +144,19 @@ def _layer(cfg): # (W, W0) of each matrix, on the device
     for n, w in lm.named_parameters():
         if '.layers.0.' in n and w.ndim == 2 and 'vision' not in n: yield w.detach() + 1e-3*w.detach().std()*torch.randn_like(w), w.detach()
 
+def _layer_seconds(cfg, once): # of W and W0
+    once(*torch.randn(2, 64, 48, device=device(cfg))) # the first call of a GPU's solver loads it
+    return dict(layer_s=sum(took(lambda: once(W, W0), str(W.device), 1) for W, W0 in _layer(cfg)))
+
 def spectra_layer(cfg) -> dict:
-    "The diagnostic of one layer."
-    once = lambda W, W0: spectra.measure(W, W0, cfg.spectra.ks, 'shuffle', cfg.spectra.draws)
-    with spectra.full_precision(): return dict(layer_s=sum(took(lambda: once(W, W0), str(W.device), 1) for W, W0 in _layer(cfg)))
+    "The diagnostic of one layer, with the authors' reading."
+    h = sizes(cfg).hidden
+    def once(W, W0): spectra.measure(W, W0, cfg.spectra.ks, 'shuffle', cfg.spectra.draws); spectra.as_coded(W, W0, spectra.coded_rank(W.shape, h))
+    with spectra.full_precision(): return _layer_seconds(cfg, once)
 
 def restore_layer(cfg) -> dict:
     "Directions of one layer at eight numbers of ranks, with the decompositions."
-    once = lambda W, W0: [None for _ in restore.restore_many(W, W0, [min(W.shape)*j//8 for j in range(1, 9)])]
-    return dict(layer_s=sum(took(lambda: once(W, W0), str(W.device), 1) for W, W0 in _layer(cfg)))
+    return _layer_seconds(cfg, lambda W, W0: [None for _ in restore.restore_many(W, W0, [min(W.shape)*j//8 for j in range(1, 9)])])
 
 # %% ../nbs/measure.ipynb #d7ddf485
 RUNS = dict(sft=sft_steps, ppo=ppo_update, rollout=rollout, score=scoring, spectra=spectra_layer, restore=restore_layer)
@@ -158,7 +167,7 @@ def alone(stage:str, cfg) -> dict: # with peak_gib, and the limits where it repo
     dev, before = device(cfg), peak_mib()
     with threads(cfg.threads):
         got = RUNS[stage](cfg)
-        got['peak_gib'] = torch.cuda.max_memory_allocated()/GIB if dev.startswith('cuda') else (peak_mib() - before)/1024
+        got['peak_gib'] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))/GIB if dev.startswith('cuda') else (peak_mib() - before)/1024
         if 'flops_s' in got: got['of_product'] = got['flops_s']/product_rate(getattr(torch, got['arithmetic']), dev)
         if 'bytes_s' in got: got['of_copy'] = got['bytes_s']/copy_rate(dev)
     sheet = next((v for k, v in SHEET.items() if dev.startswith('cuda') and k in torch.cuda.get_device_name(dev)), 0)
@@ -166,10 +175,10 @@ def alone(stage:str, cfg) -> dict: # with peak_gib, and the limits where it repo
 
 def foretold(stage:str, cfg) -> dict: # peak_gib, and tokens_s or layer_s where the plan says
     "What the plan says of a stage on one GPU."
-    s, c = sizes(cfg), torch.finfo(getattr(torch, cfg.model.dtype)).bits//8
+    s = sizes(cfg)
     out = dict(peak_gib=sum(memory(cfg, PLANNED[stage], 1).values())/GIB) if stage in PLANNED else {}
     if stage == 'sft': return out | dict(tokens_s=cfg.sft.steps*cfg.sft.batch*lengths(cfg).row/sft_hours(cfg, s, 1)/3600)
-    if stage in ('rollout', 'score'): return out | dict(tokens_s=min(cfg.eval.batch, cfg.ppo.episodes if stage == 'rollout' else cfg.eval.hands)/token_seconds(s, 1, c))
+    if stage in ('rollout', 'score'): return out | dict(tokens_s=min(cfg.eval.batch, cfg.ppo.episodes if stage == 'rollout' else cfg.eval.hands)/token_seconds(s, 1, width(cfg)))
     if stage == 'spectra': return out | dict(layer_s=3600*spectra_hours(cfg, s._replace(matrices=_matrices(cfg)), 1))
     return out
 

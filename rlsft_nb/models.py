@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'ModelError', 'find_gguf', 'locate', 'weights_id', 'check_finite', 'converted', 'load_lm', 'save_lm',
            'encode', 'stop_ids', 'generate_ids', 'generate', 'rank', 'world', 'my_part', 'woven', 'leave', 'collect',
-           'summarize', 'evaluate', 'cells', 'clusters', 'empty_cache', 'device', 'arithmetic', 'score', 'main',
-           'base_stage']
+           'summarize', 'evaluate', 'cells', 'clusters', 'device', 'arithmetic', 'score', 'main', 'base_stage']
 
 # %% ../nbs/01_models.ipynb #83b6aa7b
 from contextlib import contextmanager
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-import argparse, fcntl, gc, hashlib, os, shutil, sys
+import argparse, fcntl, hashlib, os, shutil, sys
 
 import torch
 from accelerate import PartialState
@@ -287,11 +286,6 @@ def cells(cfg) -> dict: # name -> (rule, face cards only)
 def clusters(cfg, part:str='test') -> dict: # cell -> multisets, one a hand
     "Hands of one multiset are not independent: what intervals and paired tests are clustered by."
     return {c: [tuple(sorted(values(h, rule))) for h in hands(part, rule, face)[:cfg.eval.hands]] for c, (rule, face) in cells(cfg).items()}
-
-def empty_cache():
-    "Gives back what this process holds of a GPU's memory without using it, for others that share the GPU."
-    gc.collect()
-    if torch.cuda.is_initialized(): torch.cuda.empty_cache()
 
 def device(cfg) -> str: # a torch device
     "Where evaluation runs: `cfg.eval.device`, or a GPU where there is one."

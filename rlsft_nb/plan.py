@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'PRODUCTS', 'EIGEN', 'THREAD', 'DISK', 'KERNELS', 'SBATCH', 'MANY',
-           'config_of', 'idle', 'Sizes', 'sizes', 'Lengths', 'lengths', 'layer_bytes', 'sft_memory', 'update_memory',
-           'vllm_bytes', 'rollout_memory', 'score_memory', 'spectra_memory', 'edit_memory', 'needed', 'memory',
-           'config_file', 'host_gib', 'starts_of', 'disk_gib', 'advice', 'TooLarge', 'check_fits', 'sft_hours',
-           'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'open_seconds', 'edit_seconds', 'grids_of',
-           'restore_hours', 'table', 'report', 'overrides_of', 'slurm', 'main']
+           'config_of', 'idle', 'Sizes', 'sizes', 'Lengths', 'lengths', 'width', 'layer_bytes', 'sft_memory',
+           'starts_of', 'update_memory', 'vllm_bytes', 'rollout_memory', 'score_memory', 'spectra_memory',
+           'edit_memory', 'needed', 'memory', 'config_file', 'host_gib', 'disk_gib', 'advice', 'TooLarge', 'check_fits',
+           'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'open_seconds', 'edit_seconds',
+           'grids_of', 'restore_hours', 'table', 'report', 'overrides_of', 'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
 import argparse, copy, json, math, shlex, sys
@@ -103,6 +103,7 @@ def lengths(cfg) -> Lengths:
 
 # %% ../nbs/plan.ipynb #7e7f29f9
 _width = lambda name: torch.finfo(getattr(torch, name)).bits//8
+def width(cfg) -> int: return 2 if cfg.sft.bf16 else _width(cfg.model.dtype) # bytes of a number in the arithmetic of one process
 
 def layer_bytes(s:Sizes, c:int # bytes of the arithmetic's type
     ) -> int:
@@ -128,11 +129,20 @@ def sft_memory(cfg, s:Sizes, n:int) -> dict: # part -> bytes on each of `n` GPUs
     c = 2 if x.bf16 else 4
     return _state(s, cfg, n) | _whole(s, n, c) | {'activations': _activations(s, tokens, c, x.checkpointing), 'logits': 3*c*min(tokens, 4096)*min(s.vocab, 32768)}
 
+def starts_of(p) -> int: # of `cfg.ppo`
+    "Runs of RL that seed 0 makes: the sweep, or the end of SFT alone."
+    return p.between + 3 if p.sweep_seeds else 1
+
+def _beside(cfg, n, parts): # the sweep's runs that share a GPU, where each is one process
+    k = 1 if cfg.launch.processes > 1 else math.ceil(min(cfg.workers, starts_of(cfg.ppo))/n)
+    return {name: k*v for name, v in parts.items()}
+
 def update_memory(cfg, s, n) -> dict:
-    "A step of PPO on hands of the greatest length; logits stand in chunks of 2^26 (nbs/03_ppo.ipynb)."
-    tokens, c = cfg.ppo.micro*lengths(cfg).longest, 2 if n > 1 or cfg.sft.bf16 else 4
+    "A step of PPO on hands of the greatest length; logits stand in chunks of 2^26, from the head in fp32 (nbs/03_ppo.ipynb)."
+    tokens, c = cfg.ppo.micro*lengths(cfg).longest, 2 if n > 1 else width(cfg)
     more = {'reference model': s.params*_width(cfg.model.dtype)} if cfg.ppo.kl_coef else {}
-    return _state(s, cfg, n) | _whole(s, n, c) | more | {'vLLM': vllm_bytes(cfg, s, n), 'activations': _activations(s, tokens, c, cfg.ppo.checkpointing), 'logits': 4*4*min(tokens*s.vocab, 2**26)}
+    more |= {'head in fp32, and its gradient': 8*(s.head or s.embed)} if n > 1 else {}
+    return _beside(cfg, n, _state(s, cfg, n) | _whole(s, n, c) | more | {'vLLM': vllm_bytes(cfg, s, n), 'activations': _activations(s, tokens, c, cfg.ppo.checkpointing), 'logits': 4*4*min(tokens*s.vocab, 2**26)})
 
 def _cache(cfg, s, hands, c): return 2*s.depth*s.kv*c*lengths(cfg).longest*min(cfg.eval.batch, hands)
 
@@ -143,13 +153,13 @@ def vllm_bytes(cfg, s, n) -> float:
 
 def rollout_memory(cfg, s, n) -> dict:
     "Playing hands for PPO, with the training state in place; weights are gathered layer by layer, so there is no second copy but vLLM's."
-    c = 2 if n > 1 or cfg.sft.bf16 else 4
-    if own := vllm_bytes(cfg, s, n): return _state(s, cfg, n) | {'vLLM': own, 'a weight on its way to vLLM': 4*max(map(math.prod, s.matrices)) if n > 1 else 0}
-    return _state(s, cfg, n) | {'gathered weights': c*(2*s.layer + s.embed + s.head) if n > 1 else 0, 'copies for bf16': 2*s.trained if n == 1 and c == 2 else 0, 'KV cache': _cache(cfg, s, math.ceil(cfg.ppo.episodes/n), c if n > 1 else (c + 4)/2)}
+    c = 2 if n > 1 else width(cfg)
+    if own := vllm_bytes(cfg, s, n): return _beside(cfg, n, _state(s, cfg, n) | {'vLLM': own, 'a weight on its way to vLLM': 4*max(map(math.prod, s.matrices)) if n > 1 else 0})
+    return _beside(cfg, n, _state(s, cfg, n) | {'gathered weights': c*(2*s.layer + s.embed + s.head) if n > 1 else 0, 'copies for bf16': 2*s.trained if n == 1 and c == 2 else 0, 'KV cache': _cache(cfg, s, math.ceil(cfg.ppo.episodes/n), c)})
 
 def score_memory(cfg, s, n) -> dict:
     "Scoring a checkpoint, which each worker does by itself; where they are more than the GPUs, some share one."
-    own, c, hands = _width(cfg.model.dtype), 2 if cfg.sft.bf16 else _width(cfg.model.dtype), min(cfg.eval.batch, cfg.eval.hands)
+    own, c, hands = _width(cfg.model.dtype), width(cfg), min(cfg.eval.batch, cfg.eval.hands)
     read = c*hands*(lengths(cfg).longest - cfg.eval.max_new_tokens)*(3*s.inner + 6*s.hidden)
     parts = {'weights': own*s.params, 'copies for bf16': 2*s.trained if c < own else 0, 'KV cache': _cache(cfg, s, hands, (c + own)/2), 'last prompts': read, 'logits': 8*s.vocab*hands}
     return {k: math.ceil(cfg.workers/n)*v for k, v in parts.items()}
@@ -206,10 +216,6 @@ def host_gib(cfg, stage:str, n:int) -> float:
     if stage in ('sft', 'ppo'): return n*one + (4*s.params + (_offloaded(cfg, s) if stage == 'sft' else 0))/GIB
     return cfg.workers*(one + (_worked_on(cfg, s) if stage == 'restore' else 0))
 
-def starts_of(p) -> int: # of `cfg.ppo`
-    "Runs of RL that seed 0 makes: the sweep, or the end of SFT alone."
-    return p.between + 3 if p.sweep_seeds else 1
-
 def disk_gib(cfg, stage:str) -> float:
     "What a stage leaves on disk: kept checkpoints in fp32 and the newest state, and what restoration does not keep in memory."
     s = sizes(cfg)
@@ -256,7 +262,7 @@ def check_fits(cfg, stage:str, n:int, # processes
         if needed(parts) <= gib: return
         most = ', '.join(f'{k} {v/GIB:.1f}' for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
         raise TooLarge(f"{stage} of {cfg.name} takes about {needed(parts):.0f} GiB on each of {n} GPU{'s'*(n > 1)} of {gib:.0f} GiB ({most}). It would fit with: {advice(cfg, stage, n, gib)}")
-    free, takes = psutil.virtual_memory().available/GIB, n*(needed(memory(cfg, stage, n)) - .5)
+    free, takes = psutil.virtual_memory().available/GIB, n*(needed(memory(_attr(cfg | dict(workers=1)), stage, n)) - .5) # what runs beside it has its part
     if takes > free: raise TooLarge(f'{stage} of {cfg.name} takes about {takes:.1f} GiB of memory without a GPU; {free:.1f} GiB are free')
 
 # %% ../nbs/plan.ipynb #ac79dc8a
@@ -279,12 +285,12 @@ def token_seconds(s, n, c, kernels=KERNELS) -> float: # one token of every answe
 
 def score_hours(cfg, s, hands:int, attempts:float=1) -> float:
     "One cell on one GPU; answers of the usual length."
-    return math.ceil(hands/cfg.eval.batch)*attempts*lengths(cfg).answer*token_seconds(s, 1, _width(cfg.model.dtype))/3600
+    return math.ceil(hands/cfg.eval.batch)*attempts*lengths(cfg).answer*token_seconds(s, 1, width(cfg))/3600
 
 def ppo_hours(cfg, s, n) -> float:
     "All updates of one start, three attempts a hand; vLLM has whole weights, passed to it once an update."
     p, l, mine, own = cfg.ppo, lengths(cfg), math.ceil(cfg.ppo.episodes/n), cfg.launch.engine == 'vllm'
-    each = token_seconds(s, 1, 2, 0.) if own else token_seconds(s, n, 2 if n > 1 else 4)
+    each = token_seconds(s, 1, 2, 0.) if own else token_seconds(s, n, 2 if n > 1 else width(cfg))
     play = math.ceil(mine/cfg.eval.batch)*3*l.answer*each + own*4*s.params*(n - 1)/n/_rate('link')
     tokens = p.episodes*(l.prompt + 3*(l.answer + l.feedback))
     return p.updates*(play + tokens*s.trained*(2 + p.epochs*(8 if p.checkpointing else 6))/(n*_rate('bf16')))/3600

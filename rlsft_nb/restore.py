@@ -29,10 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .core import (DiskError, ParamError, Problem, Stage, StageBusy, atomic_write, cluster_interval, make_dir, map_items, mcnemar, mean_spread,
+from .core import (DiskError, ParamError, Problem, Stage, StageBusy, atomic_write, cluster_interval, empty_cache, make_dir, map_items, mcnemar, mean_spread,
                           own_device, progress, read_json, run_stage, runs_root, write_json)
 from .game import hands
-from .models import arithmetic, cells, clusters, device, empty_cache, evaluate, load_lm
+from .models import arithmetic, cells, clusters, device, evaluate, load_lm
 from .plan import idle
 from .sft import curve_stage, decides, kept, named, sft_stage
 from . import ppo

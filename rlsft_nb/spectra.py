@@ -27,7 +27,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from .core import Stage, atomic_write, gpus, map_items, mean_spread, own_device, run_stage, runs_root, wilson, write_json
-from .models import converted, empty_cache, locate
+from .models import converted, locate
 from .weights import Checkpoint, paired, read_matrix
 
 # %% ../nbs/04_spectra.ipynb #25807f5f
@@ -511,9 +511,7 @@ def map_sized(fn:str, items:dict,
     ) -> dict:              # name -> result, in the order of `items`
     "`map_items`; first what GPUs have room for, by as many processes as they hold, then the rest."
     fits = {n: k for n in items if (k := room(*extents[n]))}
-    empty_cache()
     if fits: map_items(fn, {n: items[n] for n in fits}, folder, min(workers, *fits.values()), desc)
-    empty_cache()
     return map_items(fn, items, folder, workers, desc)
 
 # %% ../nbs/04_spectra.ipynb #28ea567f

@@ -1,7 +1,7 @@
 "Stages at the shape of a model, beside the plan."
 import pytest
 from rlsft_nb.core import load_params, read_json
-from rlsft_nb.measure import RUNS, alone, deepest, first_layers, foretold, long_hand, main, random_checkpoint, standing_in
+from rlsft_nb.measure import RUNS, alone, deepest, first_layers, foretold, long_hand, main, operations, random_checkpoint, standing_in
 from rlsft_nb.models import load_lm
 from rlsft_nb.plan import STAGES, lengths, memory, needed, sizes
 
@@ -22,6 +22,16 @@ def test_the_full_shapes():
     "Of Qwen2.5-7B, without its weights."
     config = first_layers(load_params('qwen7b'), 3)
     assert (config.num_hidden_layers, len(config.layer_types), config.hidden_size) == (3, 3, 3584)
+
+def test_operations_count_the_head_where_a_token_is_scored():
+    tied, untied = sizes(load_params('smollm2')), sizes(load_params('qwen7b'))
+    assert operations(untied, 10, 4) == 2*(10*(untied.params - 2*152064*3584) + 4*152064*3584)
+    assert operations(tied, 10, 10) == 2*10*tied.params # the head is the embedding
+
+def test_a_pass_is_as_large_as_one_of_the_recipe():
+    cfg = load_params('qwen7b')
+    some = standing_in(cfg, 'x')
+    assert (some.sft.batch//some.sft.accumulate, some.launch.processes) == (64//4, 1)
 
 def test_the_deepest_that_fits(pico, tmp_path):
     cfg = load_params('qwen7b', over(pico, 'qwen2'))

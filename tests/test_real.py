@@ -30,7 +30,7 @@ def test_restore_runs_as_for_tiny(pico, tmp_path, model, kind, env):
 def test_parameters_of_the_large_models():
     for model in ('qwen7b', 'llama11b'):
         cfg = load_params(model)
-        assert cfg.model.dtype == 'float32' and cfg.sft.bf16 and cfg.sft.checkpointing and cfg.launch.processes == cfg.needs.gpus == 4 # fp32 weights, bf16 arithmetic
+        assert cfg.model.dtype == 'float32' and cfg.sft.bf16 and cfg.ppo.checkpointing and cfg.launch.processes == cfg.needs.gpus == 4 # fp32 weights, bf16 arithmetic
         assert (cfg.sft.lr, cfg.sft.batch, cfg.sft.beta2, cfg.sft.eps) == (1e-6, 64, .98, 1e-7) and (cfg.ppo.gamma, cfg.ppo.lam, cfg.ppo.grad_clip) == (.9, .95, .01)
         assert cfg.sft.checkpoints[-1] == cfg.sft.steps == dict(qwen7b=800, llama11b=1100)[model]
         for line in (ROOT/'params'/f'{model}.yaml').read_text().splitlines(): # a source for what differs from base, in the line or the one above
