@@ -478,7 +478,7 @@ def as_coded(W:Tensor, W0:Tensor, # (m, n) float
              k:int                # directions, from `coded_rank`
     ) -> dict:                    # k; ds: change of the first k values; U and V: degrees, ascending
     "Singular values and angles the authors' way."
-    A, B = (_svd(x.float()) for x in (W, W0))
+    A, B = ([M.float() for M in decompose(x)] if x.is_cuda else _svd(x.float()) for x in (W, W0)) # GPUs are slow in SVD, so there fp64 is rounded
     angle = lambda a, b: _svdvals(a.mT @ b).clamp(-1, 1).acos().rad2deg()
     return dict(k=k, ds=_curve(A[1][:k] - B[1][:k]), U=_curve(angle(B[0][:, :k], A[0][:, :k])), V=_curve(angle(B[2][:k].mT, A[2][:k].mT)))
 
