@@ -393,6 +393,18 @@ def test_impossible_settings_are_refused_before_anything_is_made(pico, tmp_path,
 def test_a_start_that_is_no_language_model_is_an_error(pico, tmp_path):
     with pytest.raises(ModelError, match='cannot load'): train_ppo(small(pico), str(tmp_path/'..'), tmp_path)
 
+def test_keys_are_kept_in_the_arithmetic_of_attention(monkeypatch):
+    "Rotary embeddings make fp32 keys under autocast; attention would round them again for every token."
+    lm, tok = load_lm('tiny')
+    asked, kept, real = encode(tok, [prompt(h, '10') for h in hands('test', '10')[:6]]), set(), Bank.update
+    def seen(self, *args, **how): out = real(self, *args, **how); kept.update(x.dtype for x in out); return out
+    def rounded_late(self, keys, values, layer, *_, **__):
+        with torch.autocast('cpu', enabled=False): return real(self, keys, values.float(), layer)
+    def answers(update):
+        monkeypatch.setattr(Bank, 'update', update)
+        with torch.autocast('cpu', torch.bfloat16): return Player(lm, tok, 31, 1., 3)(asked)
+    assert answers(seen) == answers(rounded_late) and kept == {torch.bfloat16}
+
 # several processes
 
 class Scripted: # answers that depend on the prompt alone
