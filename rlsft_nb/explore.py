@@ -99,7 +99,7 @@ def table(record:dict # of `Explorer.record`
     row = lambda kind, texts: '<tr>' + ''.join(f'<{kind}>{html.escape(t)}</{kind}>' for t in texts) + '</tr>'
     return '<table>' + row('th', HEAD) + ''.join(row('td', _cells(i, t)) for i, t in enumerate(record['tries'], 1)) + '</table>'
 
-# %% ../nbs/08_explore.ipynb #75d62f08
+# %% ../nbs/08_explore.ipynb #873d3beb
 def fig_tries(record:dict, # of `Explorer.record`
               title:str):
     "Accuracy of every try, and of what stood beside it, over the distance moved."
@@ -112,7 +112,7 @@ def fig_tries(record:dict, # of `Explorer.record`
             ax.plot([100*x['moved'] for x in (a, b)], [100*x[c]['rate'] for x in (a, b)], color='.8', lw=.8, zorder=0)
             for x in (a, b): _points(ax, [100*x['moved']], [x], c, x['mode'], ls='')
             ax.annotate(f' {i}', (100*a['moved'], 100*a[c]['rate']), fontsize=8)
-        ax.set(xlabel='distance moved, % of the way to the reference', ylabel=f"{c} accuracy, % (n = {record['hands']}, validation hands)")
+        ax.set(xlim=(0, 110*max([1., *(x['moved'] for t in record['tries'] for x in (t['edit'], t['beside']))])), xlabel='distance moved, % of the way to the reference', ylabel=f"{c} accuracy, % (n = {record['hands']}, validation hands)")
     fig.suptitle(title)
     _legend(fig)
     return fig

@@ -33,8 +33,8 @@ def first_layers(cfg, depth:int): # transformers' config
     return config
 
 def standing_in(cfg, folder): # parameters
-    "`cfg` with the checkpoint in `folder` as its model, trained by one process in passes of the size that each of its processes has."
-    return _with(cfg | dict(workers=1), dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[], accumulate=cfg.sft.accumulate*cfg.launch.processes)))
+    "`cfg` with the checkpoint in `folder` as its model, trained by one process: the rows of all processes in one pass, which weigh as much beside the optimizer's step as in shards."
+    return _with(cfg | dict(workers=1), dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[])))
 
 # %% ../nbs/measure.ipynb #43532d41
 def random_checkpoint(cfg, depth:int, folder) -> Path:

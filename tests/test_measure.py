@@ -28,11 +28,6 @@ def test_operations_count_the_head_where_a_token_is_scored():
     assert operations(untied, 10, 4) == 2*(10*(untied.params - 2*152064*3584) + 4*152064*3584)
     assert operations(tied, 10, 10) == 2*10*tied.params # the head is the embedding
 
-def test_a_pass_is_as_large_as_one_of_the_recipe():
-    cfg = load_params('qwen7b')
-    some = standing_in(cfg, 'x')
-    assert (some.sft.batch//some.sft.accumulate, some.launch.processes) == (64//4, 1)
-
 def test_the_deepest_that_fits(pico, tmp_path):
     cfg = load_params('qwen7b', over(pico, 'qwen2'))
     both = max(needed(memory(standing_in(cfg, random_checkpoint(cfg, 2, tmp_path/'two')), s, 1)) for s in STAGES)
