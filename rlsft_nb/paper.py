@@ -430,6 +430,7 @@ def refresh(names:list # notebooks such as 'core'; all where empty
             widget = 'application/vnd.jupyter.widget-view+json' # shows nothing without its kernel
             c.outputs = [o for o in c.outputs if o.get('name') != 'stderr' and widget not in o.get('data', {})]
             for data in (o['data'] for o in c.outputs if 'image/png' in o.get('data', {})): data['image/png'] = _thumbnail(data['image/png'])
+        nb.metadata.pop('widgets', None) # likewise
         nbformat.write(nb, p)
         nbdev_clean(str(p))
 

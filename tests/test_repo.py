@@ -39,6 +39,7 @@ def test_stored_outputs(nb):
     assert not re.search(r'/(home|root|Users|tmp|private|work)/|[A-Z]:\\\\', text) and str(ROOT) not in text, 'an absolute path in a stored output'
     assert not re.search(r'\d+%\|| at 0x[0-9a-f]{6}', text), 'a progress bar or an address in a stored output'
     assert not any(o['output_type'] == 'error' for o in outs), 'a stored error'
+    assert 'widgets' not in json.loads(nb.read_text())['metadata'], 'widgets without their kernel'
 
 @pytest.mark.parametrize('nb', ALL, ids=name)
 def test_notebook_rules(nb):
