@@ -405,6 +405,17 @@ def test_keys_are_kept_in_the_arithmetic_of_attention(monkeypatch):
         with torch.autocast('cpu', torch.bfloat16): return Player(lm, tok, 31, 1., 3)(asked)
     assert answers(seen) == answers(rounded_late) and kept == {torch.bfloat16}
 
+def test_log_probabilities_are_fp32_over_bf16_weights(monkeypatch):
+    "As under FSDP2, whose gathered weights are bf16: rounded logits of 30 would be off by a quarter at temperature 0.2."
+    lm, tok = load_lm('tiny', dtype='bfloat16')
+    attach(lm)
+    x = collate([Trace(['2', '3', '4', '5'], list(range(40, 80)), [(10, 30)])], tok.pad_token_id)
+    with torch.no_grad():
+        hidden = lm.base_model(input_ids=x['input_ids'], attention_mask=x['attention_mask']).last_hidden_state[0, 9:29].double()
+        want = (hidden @ lm.get_output_embeddings().weight.double().T/.2).log_softmax(-1)[range(20), range(50, 70)]
+        got = {size: lm(**x, temperature=.2)['logp'] for size in (2**26, 3*500) if not monkeypatch.setattr(ppo, 'LOGITS', size)}
+    for logp in got.values(): assert logp.dtype == torch.float32 and (logp - want).abs().max() < 1e-4
+
 # several processes
 
 class Scripted: # answers that depend on the prompt alone
