@@ -282,6 +282,13 @@ def _hand_over(rows):
             write_json(_record_path(out), record)
 
 # %% ../nbs/paper.ipynb #d528727f
+def _outdate(nb, asked):
+    "Forget the runs that read what `nb` is about to make: later notebooks, and what sums up over seeds."
+    for later in (n for n in numbered() if n.stem >= nb.stem):
+        params = notebook_params(later)
+        own = _record_path(output_path(later, {k: v for k, v in asked.items() if k in params}))
+        for p in (own, *own.parent.glob(f'{later.stem}-seeds*.json')): p.unlink(missing_ok=True)
+
 def run_numbered(asked:dict,  # parameters by name; each notebook takes those that it has
                  pass_on=None, # see `run_notebook`
                  earlier=()   # rows of runs whose files may be written again
@@ -296,6 +303,7 @@ def run_numbered(asked:dict,  # parameters by name; each notebook takes those th
             values = check_asked(params, {k: v for k, v in asked.items() if k in params}, nb.stem)
             out, old = output_path(nb, values), up_to_date(nb, values)
             tell = pass_on and (lambda line: pass_on(f'{nb.stem}  {line}'))
+            if not old: _outdate(nb, asked)
             rows.append((str(out), read_json(_record_path(out)) if old else run_notebook(nb, values, tell), not old))
             if not old: _hand_over(rows)
     except PapermillExecutionError as e: return rows, f'{nb.name} stopped. ' + (short_message(e) or str(e))

@@ -1,5 +1,5 @@
 "The literal commands, as they are typed: in a terminal, a pipe, a loop and a Jupyter cell."
-import base64, hashlib, json, os, subprocess, sys
+import base64, hashlib, json, os, shutil, subprocess, sys
 import pexpect, pytest
 from rlsft_nb.core import ROOT, read_json
 
@@ -142,6 +142,21 @@ def test_runner_twice(repo):
     third = run()
     assert 'up to date' not in third.stdout and (repo/'figures/tiny/toy.json').is_file()
 
+def test_what_follows_runs_again(repo):
+    first, record = repo/'nbs'/'00_toy.ipynb', repo/'runs'/'tiny'/'01_more.json'
+    shutil.copy(first, repo/'nbs'/'01_more.ipynb')
+    run, was = lambda: pipe('python -m rlsft_nb.paper', repo), first.read_text()
+    assert run().returncode == 0 and record.is_file()
+    nb = json.loads(was)
+    nb['cells'][-1]['source'] = '1/0'
+    first.write_text(json.dumps(nb))
+    r = run()
+    assert r.returncode == 1 and '00_toy.ipynb stopped' in r.stderr and not record.is_file()
+    first.write_text(was)
+    r = run()
+    assert r.returncode == 0 and 'up to date' not in r.stdout and record.is_file()
+    assert run().stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seed 0.'
+
 def test_runner_failure(repo):
     (repo/'params'/'huge.yaml').write_text('needs: {gpus: 99, gib: 80}\n')
     r = pipe('python -m rlsft_nb.paper --model huge', repo)
@@ -163,7 +178,7 @@ def test_runner_of_seeds(repo):
     before = {p: sha(repo/p) for p in files(repo)}
     (repo/'figures'/'tiny'/'toy-seed2.json').unlink() # as if that seed had been killed before its end
     second, third = run('--seeds', '3'), run('--seeds', '3')
-    assert second.returncode == 0 and second.stdout.count('up to date') == 3 and {p: sha(repo/p) for p in files(repo)}.keys() == before.keys()
+    assert second.returncode == 0 and second.stdout.count('up to date') == 2 and {p: sha(repo/p) for p in files(repo)}.keys() == before.keys() # seed 2 and the sum again
     assert third.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seeds 0 to 2.'
     r = run('--seeds', '2', '--seed', '1')
     assert r.returncode == 2 and r.stderr == 'ParamError: seed=1, seeds=2: give a seed, or a number of seeds, which are counted from 0\n'
