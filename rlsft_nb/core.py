@@ -354,12 +354,17 @@ def save_figure(fig,      # a matplotlib figure
     _tell('figures', path)
     return path
 
+def _behind(st) -> dict: # name -> folder
+    "A stage and all that it was made from."
+    return {repr(st): st.path} | {n: p for u in st.upstream for n, p in _behind(u).items()}
+
 def save_record(name:str, # as in `save_figure`
                 record,   # what the figure shows, ready for JSON
-                cfg       # `cfg.name` is the model
+                cfg,      # `cfg.name` is the model
+                of=None   # the stage that it tells of, where it is one; otherwise all that were asked for so far
     ) -> Path:            # figures/<model>/<name>.json
-    "Save the data of a figure beside it; a dict also gets `stages`: commit, versions and device of each stage used so far."
-    told = {n: read_json(p/'done.json') for n, p in _used.items() if (p/'done.json').is_file()}
+    "Save the data of a figure beside it; a dict also gets `stages`: commit, versions and device of each stage behind it."
+    told = {n: read_json(p/'done.json') for n, p in (_behind(of) if of else _used).items() if (p/'done.json').is_file()}
     keep = ('commit', 'dirty', 'python', 'device', 'versions')
     if isinstance(record, dict) and told: record = record | dict(stages={n: {k: d[k] for k in keep} for n, d in sorted(told.items())})
     path = write_json(figures_dir(cfg.name)/f'{name}.json', record)

@@ -9,10 +9,10 @@ __all__ = ['MODES', 'PLACES', 'WIDE', 'KEEP_GIB', 'WORK', 'WHICH', 'LOOK', 'TITL
            'sweep', 'Row', 'total', 'at_distance', 'Pairs', 'shares', 'Workbench', 'put_away', 'workbench',
            'score_cell', 'layer_groups', 'cell_name', 'grid', 'recovery', 'compare', 'holm', 'contests', 'families',
            'within_all', 'outline', 'play_cells', 'summary', 'restore_stage', 'imposed_stage', 'other_sft',
-           'unrelated_stage', 'fig_layers', 'of_ranks', 'fig_ranks', 'way_table', 'fig_distance', 'judge_share',
-           'judge_cost', 'judge_values', 'judge_wins', 'share_row', 'contest_row', 'verdicts', 'readings',
-           'imposed_verdicts', 'five_table', 'seed_summary', 'seeds_stage', 'seeds_cells', 'difference', 'seeds_table',
-           'fig_seeds', 'main']
+           'unrelated_stage', 'save_unrelated', 'fig_layers', 'of_ranks', 'fig_ranks', 'way_table', 'fig_distance',
+           'judge_share', 'judge_cost', 'judge_values', 'judge_wins', 'share_row', 'contest_row', 'verdicts',
+           'readings', 'imposed_verdicts', 'five_table', 'seed_summary', 'seeds_stage', 'seeds_cells', 'difference',
+           'seeds_table', 'fig_seeds', 'main']
 
 # %% ../nbs/05_restore.ipynb #66b4f03f
 import argparse, fcntl, json, math, os, shutil, struct, sys, tempfile, zlib
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .core import (DiskError, ParamError, Problem, Stage, StageBusy, atomic_write, cluster_interval, empty_cache, make_dir, map_items, mcnemar, mean_spread,
-                          own_device, progress, read_json, run_stage, runs_root, write_json)
+                          own_device, progress, read_json, run_stage, runs_root, save_record, write_json)
 from .game import hands
 from .models import arithmetic, cells, clusters, device, evaluate, load_lm
 from .plan import idle
@@ -910,6 +910,11 @@ def unrelated_stage(cfg, seed:int=0) -> Stage:
         both = {w: g['got'][full] for w, g in got.items()} | dict(own=read_json(up.path/'cells'/f'peak-{full}.json'))
         return {w: summary(g, end, peak, peak, cfg) for w, g in got.items()} | dict(tests=contests(both, [('OOD', 'own', w) for w in got], clusters(cfg)))
     return run_stage(st, fn, cfg)
+
+def save_unrelated(cfg, seed:int) -> Path: # figures/<model>/fig6-unrelated-seed<seed>.json
+    "Keep what an unrelated checkpoint gave, with the stages behind it alone: the same whichever run keeps it."
+    st = unrelated_stage(cfg, seed)
+    return save_record(f'fig6-unrelated-seed{seed}', st.results(), cfg, st)
 
 # %% ../nbs/05_restore.ipynb #894bb55f
 LOOK = {'directions': ('C3', 'o', 'directions (top ranks)'), 'coded': ('C1', 'D', 'as coded: counts, early return'), 'rotate': ('C6', 'P', 'directions, orthonormal'),

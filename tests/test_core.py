@@ -224,6 +224,14 @@ def test_figure_bytes_are_stable(tmp_path):
         shas.append(sha256_file(save_figure(fig, 'f', cfg)))
     assert shas[0] == shas[1] and save_record('f', dict(y=[1, 2]), cfg) == tmp_path/'figures'/'m'/'f.json'
 
+def test_a_record_names_the_stages_behind_it_alone(tmp_path):
+    cfg = AttrDict(name='m')
+    first, other = (run_stage(Stage(n, 'm', {}), lambda folder: {}, cfg) for n in ('first', 'other'))
+    second = run_stage(Stage('second', 'm', {}, [first]), lambda folder: {}, cfg)
+    behind = lambda **more: set(read_json(save_record('f', dict(y=1), cfg, **more))['stages'])
+    assert behind(of=second) == {repr(first), repr(second)} and behind(of=first) == {repr(first)}
+    assert behind() >= {repr(first), repr(second), repr(other)}
+
 def test_verdict_table():
     t = verdict_table([dict(claim='a|b\nc', paper=None, here=.123456, n=234, interval=(.1, .2), verdict='held')])
     assert t.splitlines()[-1] == '| a\\|b c | – | 0.123 | 234 | 0.1 to 0.2 | – | held |'
