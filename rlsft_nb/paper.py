@@ -282,11 +282,15 @@ def _hand_over(rows):
             write_json(_record_path(out), record)
 
 # %% ../nbs/paper.ipynb #d528727f
+def _values(nb, asked) -> dict: # name -> value
+    "The parameters of a notebook, which takes of those asked for what it has."
+    params = notebook_params(nb)
+    return check_asked(params, {k: v for k, v in asked.items() if k in params}, nb.stem)
+
 def _outdate(nb, asked):
     "Forget the runs that read what `nb` is about to make: later notebooks, and what sums up over seeds."
     for later in (n for n in numbered() if n.stem >= nb.stem):
-        params = notebook_params(later)
-        own = _record_path(output_path(later, {k: v for k, v in asked.items() if k in params}))
+        own = _record_path(output_path(later, _values(later, asked)))
         for p in (own, *own.parent.glob(f'{later.stem}-seeds*.json')): p.unlink(missing_ok=True)
 
 def run_numbered(asked:dict,  # parameters by name; each notebook takes those that it has
@@ -299,8 +303,7 @@ def run_numbered(asked:dict,  # parameters by name; each notebook takes those th
     rows = list(earlier)
     try:
         for nb in numbered():
-            params = notebook_params(nb)
-            values = check_asked(params, {k: v for k, v in asked.items() if k in params}, nb.stem)
+            values = _values(nb, asked)
             out, old = output_path(nb, values), up_to_date(nb, values)
             tell = pass_on and (lambda line: pass_on(f'{nb.stem}  {line}'))
             if not old: _outdate(nb, asked)
