@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
-from . import compare, game, ppo, restore, sft, spectra
+from . import compare, comparison, edits, game, matrices, ppo, sft, surgery
 from .core import load_params, threads, write_json
 from .models import ModelError, generate_ids, load_lm, stop_ids, save_lm
 
@@ -149,11 +149,11 @@ def eight_ranks(shape) -> dict: # seconds: plain, ours, and ours where the decom
     W, W0 = _weights(shape)
     ks, repeat, kept = [min(shape)*j//8 for j in range(1, 9)], 3 if max(shape) < 4000 else 1, {}
     plain = 8*seconds(lambda: kept.update(plain=plain_restore(W, W0, ks[3])), repeat=repeat)
-    ours = seconds(lambda: kept.update(ours=dict(restore.restore_many(W, W0, ks))), repeat=repeat)
-    p = restore.pair(W, W0)
+    ours = seconds(lambda: kept.update(ours=dict(edits.restore_many(W, W0, ks))), repeat=repeat)
+    p = edits.pair(W, W0)
     worst = float((kept['ours'][ks[3]] - kept['plain']).norm()/kept['plain'].norm())
     if worst > 1e-4: raise RuntimeError(f'{shape}: ours and plain differ by {worst:.1e}')
-    return dict(plain=plain, ours=ours, at_hand=seconds(lambda: list(restore.update_many(p, ks)), repeat=repeat))
+    return dict(plain=plain, ours=ours, at_hand=seconds(lambda: list(edits.update_many(p, ks)), repeat=repeat))
 
 # %% ../nbs/bench.ipynb #3e1f5155
 SMOLLM2 = [(576, 576)]*2 + [(192, 576)]*2 + [(1536, 576)]*2 + [(576, 1536)] # q, o, k, v, gate, up, down of SmolLM2-135M
@@ -168,7 +168,7 @@ def eight_checkpoints() -> tuple: # seconds: eight passes, one pass
             for w in lm.parameters(): w.add_(.01*w.std()*torch.randn(w.shape, generator=rng))
         save_lm(lm, tok, Path(d)/'tgt')
         outs = {Path(d)/f'k{k}': dict(ranks=k/8) for k in range(1, 9)}
-        run = lambda some: restore.restore_all(Path(d)/'tgt', Path(d)/'ref', some, deep=False)
+        run = lambda some: surgery.restore_all(Path(d)/'tgt', Path(d)/'ref', some, deep=False)
         clean = lambda: [shutil.rmtree(o, ignore_errors=True) for o in outs]
         return tuple(seconds(f, clean, 2) for f in (lambda: [run({o: a}) for o, a in outs.items()], lambda: run(outs)))
 
@@ -225,16 +225,16 @@ def plain_pair(W, W0, ks, ranks): # 4 and 8 numbers
 
 def our_pair(W, W0, ks, ranks):
     "The same quantities, and more, from two decompositions."
-    S, S0, D = spectra.decompose(W), spectra.decompose(W0), W.double() - W0.double()
-    sides = spectra.overlaps(S, S0)
-    single = [spectra.Spectrum(*(x.float() for x in A)) for A in (S, S0)] # restored weights are not wanted beyond fp32
-    return spectra._values(S, S0, D, sides), spectra._angles(S, S0, D, ks, sides), list(restore.update_many(restore.Pair(W, W0, *single, W.dtype), ranks))
+    S, S0, D = matrices.decompose(W), matrices.decompose(W0), W.double() - W0.double()
+    sides = matrices.overlaps(S, S0)
+    single = [matrices.Spectrum(*(x.float() for x in A)) for A in (S, S0)] # restored weights are not wanted beyond fp32
+    return comparison._values(S, S0, D, sides), comparison._angles(S, S0, D, ks, sides), list(edits.update_many(edits.Pair(W, W0, *single, W.dtype), ranks))
 
 # %% ../nbs/bench.ipynb #ecdae09f
 def gemm_rate(n:int=2048, device:str='cpu') -> float: # fp64 GFLOP/s, of one thread on the CPU
     "How fast this machine multiplies."
     A = torch.randn(n, n, dtype=torch.float64, device=device)
-    return 2*n**3/timed(dict(gemm=lambda: spectra._times(A, A)), 3, device)['gemm']/1e9
+    return 2*n**3/timed(dict(gemm=lambda: matrices._times(A, A)), 3, device)['gemm']/1e9
 
 def _flops(m, n) -> float: # Gram matrix, eigenvectors (4/3 tridiagonal form, 4/3 divide and conquer, 2 back), back-multiplication
     m, n = max(m, n), min(m, n)
@@ -244,16 +244,16 @@ def _accuracy(W) -> tuple: # ours and plain
     "Largest relative error of a singular value."
     ref = torch.linalg.svdvals(W.double())
     err = lambda s: float(((s.double() - ref)/ref).abs().max())
-    return err(spectra.decompose(W).s), err(torch.linalg.svd(W, full_matrices=False).S)
+    return err(matrices.decompose(W).s), err(torch.linalg.svd(W, full_matrices=False).S)
 
 def bench_shape(name:str, m:int, n:int, rate:float, # GFLOP/s, from `gemm_rate`
                 rounds:int, device:str='cpu') -> dict:
     "One pair of matrices: a decomposition, the whole diagnostic, accuracy."
     (W, W0), p, at = weight_pair(m, n, device), min(m, n), f'{name}, {m} x {n}'
     args = W, W0, [p//8, p//4, p//2, 3*p//4], [p*j//8 for j in range(1, 9)]
-    G = spectra._gram(W.double() if m >= n else W.double().mT)
-    one = timed(dict(plain=lambda: torch.linalg.svd(W, full_matrices=False), ours=lambda: spectra.decompose(W), values=lambda: spectra.singular_values(W),
-                     evd=lambda: spectra._eigh(G.clone()), torch=lambda: torch.linalg.eigh(G)), 2*rounds, device)
+    G = matrices._gram(W.double() if m >= n else W.double().mT)
+    one = timed(dict(plain=lambda: torch.linalg.svd(W, full_matrices=False), ours=lambda: matrices.decompose(W), values=lambda: matrices.singular_values(W),
+                     evd=lambda: matrices._eigh(G.clone()), torch=lambda: torch.linalg.eigh(G)), 2*rounds, device)
     both = timed(dict(ours=lambda: our_pair(*args), plain=lambda: plain_pair(*args)), rounds, device)
     ours, plain = _accuracy(W)
     times = {'torch.linalg.svd fp32': one['plain'], 'ours, fp64': one['ours'], 'ours, values only': one['values'], 'eigenvectors alone, as used': one['evd'],
@@ -281,7 +281,7 @@ def bench_spectra():
 # %% ../nbs/bench.ipynb #a4d4bfc5
 def smollm2_layer() -> dict: # name -> (W, W0) float32; empty where the model is not there
     "The seven matrices of a real layer, before and after a small random update."
-    try: ck = spectra.open_weights('smollm2')
+    try: ck = comparison.open_weights('smollm2')
     except (ModelError, ImportError): return {}
     out, g = {}, torch.Generator().manual_seed(0)
     for name in ck.names('layers.0.*'):

@@ -27,7 +27,7 @@ from .core import (ROOT, Markdown, ParamError, _cell, _near, cluster_interval, f
 from .models import clusters
 from .ppo import AUTHORS, spearman
 from .restore import cell_name, holm, layer_groups, recovery
-from .spectra import bands
+from .chance import bands
 from . import theory
 
 # %% ../nbs/07_claims.ipynb #adb2e977

@@ -15,9 +15,12 @@ from fastcore.basics import patch
 from .core import ParamError, Stage, _near, run_stage
 from .models import clusters, score
 from .plan import _with
-from .restore import LOOK, MODES, _legend, _lines, _points, _rates, contests, score_cell, workbench
+from .edits import MODES
+from .restore import LOOK, _legend, _lines, _points, _rates, contests
+from .workbench import score_cell, workbench
 from .sft import curve_stage
-from .spectra import fig_pair, measure, open_weights
+from .comparison import measure, open_weights
+from .comparison_page import fig_pair
 from . import ppo, sft
 
 # %% ../nbs/08_explore.ipynb #57ab72df

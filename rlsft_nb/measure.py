@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from . import ppo, restore, sft, spectra
+from . import comparison, edits, matrices, ppo, sft
 from .core import Problem, _pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, save_record, threads
 from .game import Verdict
 from .models import EMBEDDED, _class, arithmetic, device, generate_ids, load_lm, save_lm
@@ -151,12 +151,12 @@ def _layer_seconds(cfg, once): # of W and W0
 def spectra_layer(cfg) -> dict:
     "The diagnostic of one layer, with the authors' reading."
     h = sizes(cfg).hidden
-    def once(W, W0): spectra.measure(W, W0, cfg.spectra.ks, 'shuffle', cfg.spectra.draws); spectra.as_coded(W, W0, spectra.coded_rank(W.shape, h))
-    with spectra.full_precision(): return _layer_seconds(cfg, once)
+    def once(W, W0): comparison.measure(W, W0, cfg.spectra.ks, 'shuffle', cfg.spectra.draws); comparison.as_coded(W, W0, comparison.coded_rank(W.shape, h))
+    with matrices.full_precision(): return _layer_seconds(cfg, once)
 
 def restore_layer(cfg) -> dict:
     "Directions of one layer at eight numbers of ranks, with the decompositions."
-    return _layer_seconds(cfg, lambda W, W0: [None for _ in restore.restore_many(W, W0, [min(W.shape)*j//8 for j in range(1, 9)])])
+    return _layer_seconds(cfg, lambda W, W0: [None for _ in edits.restore_many(W, W0, [min(W.shape)*j//8 for j in range(1, 9)])])
 
 # %% ../nbs/measure.ipynb #d7ddf485
 RUNS = dict(sft=sft_steps, ppo=ppo_update, rollout=rollout, score=scoring, spectra=spectra_layer, restore=restore_layer)

@@ -166,15 +166,15 @@ def score_memory(cfg, s, n) -> dict:
 
 def spectra_memory(cfg, s, n) -> dict:
     "The largest matrix in two checkpoints, with its null."
-    return {'largest matrix': named_function('spectra.BYTES')*max(map(math.prod, s.matrices))}
+    return {'largest matrix': named_function('comparison.BYTES')*max(map(math.prod, s.matrices))}
 
 def _split(shapes): # wide ones, which a GPU edits, and narrow ones, left to the CPU
-    wide = [m for m in shapes if min(m) >= named_function('restore.WIDE')]
+    wide = [m for m in shapes if min(m) >= named_function('surgery.WIDE')]
     return wide, [m for m in shapes if m not in wide]
 
 def edit_memory(cfg, s, n) -> dict:
     "An edit of restoration beside the model: a pair of matrices, and what is worked out from it."
-    parts = {'weights': _width(cfg.model.dtype)*s.params, 'pair and edit': named_function('restore.WORK')*max(map(math.prod, _split(s.matrices)[0]), default=0)}
+    parts = {'weights': _width(cfg.model.dtype)*s.params, 'pair and edit': named_function('workbench.WORK')*max(map(math.prod, _split(s.matrices)[0]), default=0)}
     return {k: math.ceil(cfg.workers/n)*v for k, v in parts.items()}
 
 # %% ../nbs/plan.ipynb #eb5a2b50
@@ -203,11 +203,11 @@ def _offloaded(cfg, s): # bytes that DeepSpeed keeps in the host's memory: fp32 
 def _decomposed(shapes): return sum(16*(math.prod(m) + min(m)*(sum(m) + 1)) for m in shapes)/GIB # pairs, fp64
 def _filed(shapes, c): return sum(2*c*math.prod(m) + 16*min(m)*(min(m) + 1) for m in shapes)/GIB # the same on the disk: matrices as stored, values and short sides
 
-def _worked_on(cfg, s): # GiB: the pair at hand, and where they fit (`restore.Pairs`) all pairs and each kind of edit at full rank
+def _worked_on(cfg, s): # GiB: the pair at hand, and where they fit (`workbench.Pairs`) all pairs and each kind of edit at full rank
     every, kinds = _decomposed(s.matrices), {'directions', *cfg.restore.controls, *cfg.restore.layer_controls}
     edits = len(kinds)*_width(cfg.model.dtype)*sum(map(math.prod, s.matrices))/GIB
     at_hand = 2*max(_decomposed([m]) for m in _split(s.matrices)[1] or [(0, 0)]), 4*_width(cfg.model.dtype)*max(map(math.prod, _split(s.matrices)[0]), default=0)/GIB # wide ones pass through
-    return max(at_hand) + (every + edits if every <= named_function('restore.KEEP_GIB') else 0)
+    return max(at_hand) + (every + edits if every <= named_function('workbench.KEEP_GIB') else 0)
 
 def host_gib(cfg, stage:str, n:int) -> float:
     "Memory of the machine itself: each training process loads all weights, and one gathers them to save; DeepSpeed may keep the optimizer's state; restoration keeps what it works on."
@@ -224,7 +224,7 @@ def disk_gib(cfg, stage:str) -> float:
     if stage == 'ppo': return starts_of(cfg.ppo)*(one + state)
     return _restored(cfg, s)*cfg.workers if stage == 'restore' else 0.
 
-def _restored(cfg, s): return _filed(s.matrices, _width(cfg.model.dtype)) if _decomposed(s.matrices) > named_function('restore.KEEP_GIB') else 0. # GiB of a workbench
+def _restored(cfg, s): return _filed(s.matrices, _width(cfg.model.dtype)) if _decomposed(s.matrices) > named_function('workbench.KEEP_GIB') else 0. # GiB of a workbench
 
 _half = lambda section, key: lambda c, n: ({section: {key: c[section][key]//2}} if c[section][key] > 1 else None)
 _more = lambda c, n: {'sft': {'accumulate': c.sft.accumulate*2}} if c.sft.batch//c.sft.accumulate % (2*n) == 0 else None
@@ -313,7 +313,7 @@ def open_seconds(cfg, s) -> float:
 def edit_seconds(cfg, s, spec:dict # of `restore.grid`
     ) -> float:
     "One cell's edits, at full rank, and their records."
-    layers, ends = named_function('restore.parse_layers')(spec.get('layers')), [m for m in s.matrices if s.vocab in m]
+    layers, ends = named_function('surgery.parse_layers')(spec.get('layers')), [m for m in s.matrices if s.vocab in m]
     shapes, share = (ends, 1) if spec.get('types') else ([m for m in s.matrices if m not in ends], len(layers)/s.depth) if layers else (s.matrices, 1)
     turned = spec['mode'] in ('random_rotation', 'rotate')
     read = GIB*_filed(shapes, _width(cfg.model.dtype))/DISK if _restored(cfg, s) else 0

@@ -23,7 +23,10 @@ from transformers import AutoConfig
 from .core import Markdown, Stage, map_items, run_stage, wilson
 from .ppo import named, rl_stage
 from .sft import curve_stage
-from .spectra import beyond, decompose, device_of, map_sized, null_update, open_weights, pairs, processes, singular_values
+from .chance import beyond, null_update
+from .comparison import device_of, map_sized, open_weights, processes
+from .matrices import decompose, singular_values
+from .spectra import pairs
 from .weights import Checkpoint, paired
 
 # %% ../nbs/06_theory.ipynb #cd4cadba

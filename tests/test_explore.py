@@ -5,7 +5,8 @@ from rlsft_nb import explore
 from rlsft_nb.core import ParamError, load_params
 from rlsft_nb.explore import Explorer, checkpoints, label, panel, table, tour
 from rlsft_nb.models import cells, load_lm, save_lm
-from rlsft_nb.restore import holm, put_away, score_cell
+from rlsft_nb.restore import holm
+from rlsft_nb.workbench import put_away, score_cell
 from rlsft_nb.game import hands, values
 
 FEW = load_params('tiny', dict(eval=dict(val_hands=6, max_new_tokens=4)))

@@ -170,24 +170,24 @@ def test_disk_and_host():
     s = sizes(cfg)
     assert disk_gib(cfg, 'sft') == pytest.approx((11*4 + 12)*s.params/2**30) and disk_gib(load_params('tiny'), 'restore') == 0
     assert host_gib(cfg, 'sft', 4) == pytest.approx(4*1.5 + 5*4*s.params/2**30) # each of four loads all weights; one gathers them
-    from rlsft_nb.restore import Pairs
+    from rlsft_nb.workbench import Pairs
     assert host_gib(load_params('qwen7b', dict(launch=dict(config='deepspeed_zero3'))), 'sft', 4) == pytest.approx(4*1.5 + (5*4 + 12)*s.params/2**30)
     assert (disk_gib(cfg, 'restore') > 50) == bool(Pairs(s.matrices).folder)
 
 # restoration
 
 def test_what_a_workbench_leaves_on_the_disk(monkeypatch):
-    from rlsft_nb import restore
-    monkeypatch.setattr(restore, 'KEEP_GIB', 0)
+    from rlsft_nb import edits, workbench
+    monkeypatch.setattr(workbench, 'KEEP_GIB', 0)
     shapes = [(600, 100), (100, 600), (300, 300)]
-    pairs, rng = restore.Pairs(shapes), torch.Generator().manual_seed(0)
-    for i, m in enumerate(shapes): pairs[str(i)] = restore.pair(*torch.randn(2, *m, generator=rng)) # a square one has columns of small values
+    pairs, rng = workbench.Pairs(shapes), torch.Generator().manual_seed(0)
+    for i, m in enumerate(shapes): pairs[str(i)] = edits.pair(*torch.randn(2, *m, generator=rng)) # a square one has columns of small values
     assert sum(f.stat().st_size for f in Path(pairs.folder.name).iterdir()) == pytest.approx(2**30*_filed(shapes, 4), .05)
     s = sizes(load_params('qwen7b'))
     assert 80 < _filed(s.matrices, 4) < 90 < 250 < _decomposed(s.matrices) < 260
 
 def test_edits_fit_beside_the_model():
-    from rlsft_nb.restore import WORK
+    from rlsft_nb.workbench import WORK
     cfg = load_params('qwen7b')
     s = sizes(cfg)
     parts = edit_memory(cfg, s, 1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MllamaConfig,
                           MllamaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM)
-from rlsft_nb import restore as R
+from rlsft_nb import edits, restore, surgery, workbench
 from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_json, verdict_table, wilson, write_json
 from rlsft_nb.models import score
 from rlsft_nb.tiny import make_tokenizer, new_model
@@ -51,34 +51,34 @@ def by_loops(W, W0, mode, lo, hi):
 @given(matrices(), spans, st.sampled_from(['directions', 'values', 'swap']))
 def test_an_independent_implementation_agrees(pair, ks, mode):
     lo, hi = band_of(ks, min(pair[0].shape))
-    close(R.edit(R.pair(*pair), mode, lo, hi), by_loops(*pair, mode, lo, hi))
+    close(edits.edit(edits.pair(*pair), mode, lo, hi), by_loops(*pair, mode, lo, hi))
 
 @few
-@given(matrices(), st.sampled_from(R.MODES), st.integers(0, 12))
+@given(matrices(), st.sampled_from(edits.MODES), st.integers(0, 12))
 def test_no_ranks_change_no_bit(pair, mode, k):
     k = min(k, min(pair[0].shape))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         W, W0 = (M.to(dtype) for M in pair)
-        assert torch.equal(R.edit(R.pair(W, W0), mode, k, k), W)
-    assert torch.equal(R.restore_directions(*pair, 0), pair[0])
+        assert torch.equal(edits.edit(edits.pair(W, W0), mode, k, k), W)
+    assert torch.equal(edits.restore_directions(*pair, 0), pair[0])
 
 @few
 @given(matrices())
 def test_full_rank(pair):
     W, W0 = pair
-    full = R.restore_directions(W, W0, min(W.shape))
+    full = edits.restore_directions(W, W0, min(W.shape))
     close(sv(full)/sv(W)[0], sv(W)/sv(W)[0], 1e-10)
     assert not torch.allclose(full, W0, 1e-9, 1e-9)
-    assert torch.equal(R.edit(R.pair(W, W0), 'swap'), W0)
-    close(sv(R.restore_values(W, W0)), sv(W0), 1e-10)
-    close(R.edit(R.pair(W, W0), 'rotate'), full)
+    assert torch.equal(edits.edit(edits.pair(W, W0), 'swap'), W0)
+    close(sv(edits.restore_values(W, W0)), sv(W0), 1e-10)
+    close(edits.edit(edits.pair(W, W0), 'rotate'), full)
 
 @few
 @given(matrices(), spans, st.sampled_from(EXACT))
 def test_transposing_first_or_last(pair, ks, mode):
     W, W0 = pair
     lo, hi = band_of(ks, min(W.shape))
-    close(R.edit(R.pair(W.mT, W0.mT), mode, lo, hi), R.edit(R.pair(W, W0), mode, lo, hi).mT)
+    close(edits.edit(edits.pair(W.mT, W0.mT), mode, lo, hi), edits.edit(edits.pair(W, W0), mode, lo, hi).mT)
 
 @few
 @given(matrices(), spans, st.sampled_from(EXACT), st.integers(0, 99))
@@ -86,38 +86,38 @@ def test_a_change_of_basis_before_or_after(pair, ks, mode, seed):
     W, W0 = pair
     lo, hi = band_of(ks, min(W.shape))
     Q, P = orthogonal(W.shape[0], seed), orthogonal(W.shape[1], seed + 1)
-    close(R.edit(R.pair(Q @ W @ P, Q @ W0 @ P), mode, lo, hi), Q @ R.edit(R.pair(W, W0), mode, lo, hi) @ P)
+    close(edits.edit(edits.pair(Q @ W @ P, Q @ W0 @ P), mode, lo, hi), Q @ edits.edit(edits.pair(W, W0), mode, lo, hi) @ P)
 
 @few
 @given(matrices(), st.integers(0, 12), st.sampled_from(['directions', 'values']))
 def test_bands_add_up(pair, k, mode):
-    p = R.pair(*pair)
+    p = edits.pair(*pair)
     k = min(k, p.rank)
-    close(R.edit(p, mode, 0, k) + R.edit(p, mode, k) - p.W, R.edit(p, mode))
+    close(edits.edit(p, mode, 0, k) + edits.edit(p, mode, k) - p.W, edits.edit(p, mode))
 
 @few
 @given(matrices(), spans)
 def test_rotation_keeps_values_and_takes_the_directions(pair, ks):
-    p = R.pair(*pair)
+    p = edits.pair(*pair)
     lo, hi = band_of(ks, p.rank)
-    out = R.edit(p, 'rotate', lo, hi)
+    out = edits.edit(p, 'rotate', lo, hi)
     close(sv(out), p.a.s, 1e-10)
     close(p.a0.U[:, lo:hi].mT @ out @ p.a0.Vt[lo:hi].mT, torch.diag(p.a.s[lo:hi]))
 
 def test_rotation_where_a_direction_is_taken_twice():
     W, W0 = torch.diag(torch.tensor([3., 2., 1.]).double()), torch.diag(torch.tensor([1., 2., 3.]).double())
-    out = R.edit(R.pair(W, W0), 'rotate', 0, 1) # the reference's first is the target's last
+    out = edits.edit(edits.pair(W, W0), 'rotate', 0, 1) # the reference's first is the target's last
     close(sv(out), torch.tensor([3., 2., 1.]).double())
     assert out[2, 2] == pytest.approx(3)
 
 @few
 @given(matrices(), spans, st.integers(0, 99))
 def test_controls_move_as_far_as_directions(pair, ks, seed):
-    p = R.pair(*pair)
+    p = edits.pair(*pair)
     lo, hi = band_of(ks, p.rank)
-    size, gap = norm(R.edit(p, 'directions', lo, hi) - p.W), norm(p.W - p.W0)
-    assert norm(R.edit(p, 'random_change', lo, hi, seed) - p.W) == pytest.approx(size, 1e-6, abs=1e-9)
-    line = R.edit(p, 'interpolate', lo, hi)
+    size, gap = norm(edits.edit(p, 'directions', lo, hi) - p.W), norm(p.W - p.W0)
+    assert norm(edits.edit(p, 'random_change', lo, hi, seed) - p.W) == pytest.approx(size, 1e-6, abs=1e-9)
+    line = edits.edit(p, 'interpolate', lo, hi)
     assert norm(line - p.W) == pytest.approx(min(size, gap), 1e-6, abs=1e-9)
     assert norm(line - p.W) + norm(line - p.W0) == pytest.approx(gap, 1e-6)
 
@@ -125,30 +125,30 @@ def test_controls_move_as_far_as_directions(pair, ks, seed):
 def test_random_rotation_keeps_values_and_is_seeded(shape):
     rng = torch.Generator().manual_seed(0)
     W0 = torch.randn(shape, generator=rng).double()
-    p = R.pair(W0 + .1*torch.randn(shape, generator=rng).double(), W0)
-    a, b, c = (R.edit(p, 'random_rotation', 0, 4, seed) for seed in (0, 0, 1))
+    p = edits.pair(W0 + .1*torch.randn(shape, generator=rng).double(), W0)
+    a, b, c = (edits.edit(p, 'random_rotation', 0, 4, seed) for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
     close(sv(a), p.a.s, 1e-10)
-    assert norm(a - p.W) == pytest.approx(norm(R.edit(p, 'directions', 0, 4) - p.W), 2e-6)
+    assert norm(a - p.W) == pytest.approx(norm(edits.edit(p, 'directions', 0, 4) - p.W), 2e-6)
 
 def test_random_rotation_cannot_go_further_than_the_matrix():
     rng = torch.Generator().manual_seed(0)
-    with pytest.raises(ValueError, match='no rotation moves'): R._random_rotation(R.pair(*torch.randn(2, 6, 6, generator=rng).double()), 1e3, rng)
+    with pytest.raises(ValueError, match='no rotation moves'): edits._random_rotation(edits.pair(*torch.randn(2, 6, 6, generator=rng).double()), 1e3, rng)
 
 @few
 @given(matrices(), st.lists(st.integers(0, 12), max_size=6))
 def test_many_ranks_are_each_as_alone(pair, ks):
-    p = R.pair(*pair)
+    p = edits.pair(*pair)
     ks = sorted(min(k, p.rank) for k in ks)
-    for k, M in R.restore_many(*pair, ks): close(M, R.restore_directions(*pair, k))
+    for k, M in edits.restore_many(*pair, ks): close(M, edits.restore_directions(*pair, k))
 
 @few
 @given(matrices(), spans, st.sampled_from(EXACT))
 def test_the_record(pair, ks, mode):
-    p = R.pair(*pair)
+    p = edits.pair(*pair)
     lo, hi = band_of(ks, p.rank)
-    exact = R.edit64(p, mode, lo, hi)
-    r = R.describe(p, exact, mode, lo, hi)
+    exact = edits.edit64(p, mode, lo, hi)
+    r = edits.describe(p, exact, mode, lo, hi)
     assert r['size'] == pytest.approx(float((exact - p.W).norm()), abs=1e-12) and r['rounding'] == 0
     rest = [i for i in range(p.rank) if not lo <= i < hi]
     if mode == 'directions':
@@ -160,26 +160,26 @@ def test_the_record(pair, ks, mode):
 def test_a_change_without_structure_is_directions_only():
     rng = torch.Generator().manual_seed(0)
     W0 = torch.randn(60, 90, generator=rng).double()
-    p = R.pair(W0 + .003*torch.randn(60, 90, generator=rng).double(), W0)
-    left = float((R.edit(p, 'directions') - W0).norm()/(p.W - W0).norm())
-    assert left == pytest.approx(R.freedom(p)['chance'], rel=.2) and R.freedom(p)['measured'] == pytest.approx(left, rel=.1)
+    p = edits.pair(W0 + .003*torch.randn(60, 90, generator=rng).double(), W0)
+    left = float((edits.edit(p, 'directions') - W0).norm()/(p.W - W0).norm())
+    assert left == pytest.approx(edits.freedom(p)['chance'], rel=.2) and edits.freedom(p)['measured'] == pytest.approx(left, rel=.1)
 
 # what is asked for
 
 @pytest.mark.parametrize('ranks, want', [(None, (0, 7)), (0., (0, 0)), (1., (0, 7)), (.5, (0, 4)), (.01, (0, 1)), (3, (0, 3)), (99, (0, 7)), ((.5, 1.), (4, 7)), ([2, 5], (2, 5))])
-def test_bands(ranks, want): assert R.band(ranks, 7) == want
+def test_bands(ranks, want): assert edits.band(ranks, 7) == want
 
 @pytest.mark.parametrize('ranks', [1.1, -1, -.1, True, 'all', (5, 2), (1, 2, 3), float('nan')])
 def test_bands_refused(ranks):
-    with pytest.raises(ValueError, match='ranks'): R.band(ranks, 7)
+    with pytest.raises(ValueError, match='ranks'): edits.band(ranks, 7)
 
 @pytest.mark.parametrize('text', ['', 'x', '0.1-0.2-0.3', '-3'])
 def test_rank_texts_refused(text):
-    with pytest.raises(ValueError, match='ranks='): R.parse_ranks(text)
+    with pytest.raises(ValueError, match='ranks='): edits.parse_ranks(text)
 
 @pytest.mark.parametrize('layers', ['a', '3-1', '1-2-3', ''])
 def test_layer_texts_refused(layers):
-    with pytest.raises(ValueError, match='layers='): R.parse_layers(layers)
+    with pytest.raises(ValueError, match='layers='): surgery.parse_layers(layers)
 
 # checkpoints
 
@@ -216,19 +216,19 @@ def tensors(folder): return {k: v for f in sorted(folder.glob('*.safetensors')) 
 @pytest.mark.parametrize('kind', PICO)
 def test_architectures(tmp_path, kind):
     tgt, ref = two(tmp_path, kind, shards='8KB' if kind != 'llama' else '10MB')
-    R.restore(tgt, ref, tmp_path/'same', ranks=0)
+    surgery.restore(tgt, ref, tmp_path/'same', ranks=0)
     before, after = tensors(tgt), tensors(tmp_path/'same')
     assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
     want, _ = logits(tgt, kind)
     got, lm = logits(tmp_path/'same', kind)
     assert torch.equal(want, got)
-    done = R.restore(tgt, ref, tmp_path/'new', ranks=.5, layers='0-1')
+    done = surgery.restore(tgt, ref, tmp_path/'new', ranks=.5, layers='0-1')
     got, lm = logits(tmp_path/'new', kind)
     assert not torch.equal(want, got) and got.isfinite().all()
     now, theirs = tensors(tmp_path/'new'), tensors(ref)
     for k, v in before.items():
         if canonical(k) not in done['edits']: assert torch.equal(now[k], v)
-        else: close(now[k], R.restore_directions(v, theirs[k], R.band(.5, min(v.shape))[1]), 1e-6)
+        else: close(now[k], edits.restore_directions(v, theirs[k], edits.band(.5, min(v.shape))[1]), 1e-6)
     assert {n.split('.')[1] for n in done['edits'] if n.startswith('layers')} == {'0', '1'} and 'embed' not in done['edits']
     assert (tmp_path/'new'/'tokenizer.json').is_file() and 'directions' in (tmp_path/'new'/'README.md').read_text()
     assert read_json(tmp_path/'new'/'config.json') == read_json(tgt/'config.json')
@@ -236,44 +236,44 @@ def test_architectures(tmp_path, kind):
 
 def test_tied_stays_tied(tmp_path):
     tgt, ref = two(tmp_path, 'llama')
-    done = R.restore(tgt, ref, tmp_path/'out', types='embed')
+    done = surgery.restore(tgt, ref, tmp_path/'out', types='embed')
     lm = logits(tmp_path/'out', 'llama')[1]
     assert list(done['edits']) == ['embed'] and lm.lm_head.weight is lm.model.embed_tokens.weight
-    with pytest.raises(ValueError, match="'head' is none of"): R.restore(tgt, ref, tmp_path/'no', types='head')
+    with pytest.raises(ValueError, match="'head' is none of"): surgery.restore(tgt, ref, tmp_path/'no', types='head')
 
 def test_bf16_is_kept_and_its_rounding_told(tmp_path):
     tgt, ref = two(tmp_path, 'qwen2', torch.bfloat16)
-    done = R.restore(tgt, ref, tmp_path/'out', types=['q', 'v'])
+    done = surgery.restore(tgt, ref, tmp_path/'out', types=['q', 'v'])
     assert {v.dtype for v in tensors(tmp_path/'out').values()} == {torch.bfloat16}
     assert all(0 < r['rounding'] < r['size'] for r in done['edits'].values()) and len(done['edits']) == 4
 
 def test_vectors_are_a_group_of_their_own(tmp_path):
     tgt, ref = two(tmp_path, 'qwen2')
-    done = R.restore(tgt, ref, tmp_path/'out', types='1d', layers='1')
+    done = surgery.restore(tgt, ref, tmp_path/'out', types='1d', layers='1')
     now, before, theirs = (tensors(f) for f in (tmp_path/'out', tgt, ref))
     changed = {k for k in now if not torch.equal(now[k], before[k])}
     assert changed and all(v.ndim == 1 and 'layers.1.' in k for k, v in now.items() if k in changed)
     assert all(torch.equal(now[k], theirs[k]) for k in changed) and len(done['edits']) == len(changed)
 
-@pytest.mark.parametrize('mode', R.MODES)
+@pytest.mark.parametrize('mode', edits.MODES)
 def test_every_mode_on_disk_as_in_memory(tmp_path, mode):
     tgt, ref = two(tmp_path, 'qwen2')
-    R.restore(tgt, ref, tmp_path/'out', mode, ranks=.4, types='k', seed=3)
+    surgery.restore(tgt, ref, tmp_path/'out', mode, ranks=.4, types='k', seed=3)
     now, before, theirs = (tensors(f) for f in (tmp_path/'out', tgt, ref))
     key = 'model.layers.1.self_attn.k_proj.weight'
-    assert torch.equal(now[key], R.edit(R.pair(before[key], theirs[key]), mode, *R.band(.4, 8), R._seed('layers.1.k', 3)))
+    assert torch.equal(now[key], edits.edit(edits.pair(before[key], theirs[key]), mode, *edits.band(.4, 8), surgery.seed_of('layers.1.k', 3)))
 
 @pytest.mark.parametrize('kind', ['qwen2', 'mllama'])
 def test_many_variants_are_each_as_alone(tmp_path, kind, monkeypatch):
     tgt, ref = two(tmp_path, kind, shards='8KB')
     variants = {f'k{k}': dict(ranks=k) for k in (0, 1, 4, .5, None)} | dict(again=dict(ranks=4), layer=dict(layers='0'), rotate=dict(mode='rotate', ranks=.5, types='q'),
                 noise=dict(mode='random_rotation', ranks=2, seed=3, types=['k']), vectors=dict(types=['q', '1d'], mode='swap'))
-    true, decomposed = R.pair, []
-    monkeypatch.setattr(R, 'pair', lambda *a: decomposed.append(a[2]) or true(*a))
-    done = R.restore_all(tgt, ref, {tmp_path/n: v for n, v in variants.items()})
-    assert len(decomposed) == len(set(decomposed)) == len(R.Checkpoint(tgt).matrices) # once each, whatever the number of variants
+    true, decomposed = edits.pair, []
+    monkeypatch.setattr(surgery, 'pair', lambda *a: decomposed.append(a[2]) or true(*a))
+    done = surgery.restore_all(tgt, ref, {tmp_path/n: v for n, v in variants.items()})
+    assert len(decomposed) == len(set(decomposed)) == len(restore.Checkpoint(tgt).matrices) # once each, whatever the number of variants
     for n, v in variants.items():
-        alone = R.restore(tgt, ref, tmp_path/f'{n}-alone', **v)
+        alone = surgery.restore(tgt, ref, tmp_path/f'{n}-alone', **v)
         a, b = tensors(tmp_path/n), tensors(tmp_path/f'{n}-alone')
         assert list(a) == list(b)
         for k in a: close(a[k], b[k], 1e-6)
@@ -282,8 +282,8 @@ def test_many_variants_are_each_as_alone(tmp_path, kind, monkeypatch):
 
 def test_one_of_many_variants_exists(tmp_path):
     tgt, ref = two(tmp_path, 'qwen2')
-    R.restore(tgt, ref, tmp_path/'b', ranks=1)
-    with pytest.raises(R.Exists, match='b exists already'): R.restore_all(tgt, ref, {tmp_path/'a': {}, tmp_path/'b': {}})
+    surgery.restore(tgt, ref, tmp_path/'b', ranks=1)
+    with pytest.raises(surgery.Exists, match='b exists already'): surgery.restore_all(tgt, ref, {tmp_path/'a': {}, tmp_path/'b': {}})
     assert sorted(p.name for p in tmp_path.iterdir()) == ['b', 'ref', 'tgt']
 
 @pytest.mark.parametrize('at_once', [1, 2, 8])
@@ -294,8 +294,8 @@ def test_a_stopped_sweep_goes_on(tmp_path, at_once):
         seen.append(folder.name)
         if seen == ['k1', 'k2']: raise KeyboardInterrupt
         return len(tensors(folder))
-    with pytest.raises(KeyboardInterrupt): R.sweep(tgt, ref, tmp_path/'s', specs, score, at_once)
-    assert set(R.sweep(tgt, ref, tmp_path/'s', specs, score, at_once).values()) == {len(tensors(tgt))}
+    with pytest.raises(KeyboardInterrupt): surgery.sweep(tgt, ref, tmp_path/'s', specs, score, at_once)
+    assert set(surgery.sweep(tgt, ref, tmp_path/'s', specs, score, at_once).values()) == {len(tensors(tgt))}
     assert seen == ['k1', 'k2', 'k2', 'k8'] and sorted(p.name for p in (tmp_path/'s').iterdir()) == ['k1.json', 'k2.json', 'k8.json']
 
 # what goes wrong
@@ -315,46 +315,46 @@ Q = 'model.layers.0.self_attn.q_proj.weight'
 def test_unfit_references(tmp_path, change, message):
     tgt, ref = two(tmp_path, 'qwen2')
     spoil(ref, change)
-    with pytest.raises(CheckpointError, match=message): R.restore(tgt, ref, tmp_path/'out')
+    with pytest.raises(CheckpointError, match=message): surgery.restore(tgt, ref, tmp_path/'out')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ref', 'tgt']
 
 def test_matrices_that_do_not_fit():
     M = torch.eye(3)
-    with pytest.raises(ValueError, match='shapes'): R.restore_directions(M, M[:2], 1)
-    with pytest.raises(ValueError, match='reference holds NaN'): R.restore_directions(M, M*float('nan'), 1)
-    with pytest.raises(ValueError, match=r'lo <= hi <= 3'): R.restore_directions(M, M, 4)
+    with pytest.raises(ValueError, match='shapes'): edits.restore_directions(M, M[:2], 1)
+    with pytest.raises(ValueError, match='reference holds NaN'): edits.restore_directions(M, M*float('nan'), 1)
+    with pytest.raises(ValueError, match=r'lo <= hi <= 3'): edits.restore_directions(M, M, 4)
 
 @pytest.mark.parametrize('error, seen', [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, 'No space left on device'), DiskError)])
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, error, seen):
     tgt, ref = two(tmp_path, 'qwen2', shards='8KB')
-    true, calls = R.describe, []
+    true, calls = edits.describe, []
     def describe(*a):
         calls.append(1)
         if len(calls) == 4: raise error
         return true(*a)
-    monkeypatch.setattr(R, 'describe', describe)
-    with pytest.raises(seen): R.restore_all(tgt, ref, {tmp_path/f'out-{k}': dict(ranks=k) for k in (1, 2)})
+    monkeypatch.setattr(surgery, 'describe', describe)
+    with pytest.raises(seen): surgery.restore_all(tgt, ref, {tmp_path/f'out-{k}': dict(ranks=k) for k in (1, 2)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ref', 'tgt']
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     tgt, ref = two(tmp_path, 'qwen2', shards='8KB')
-    kill = f"import os; from rlsft_nb import restore as R; R._copy_aux = lambda *a: os._exit(9); R.restore({str(tgt)!r}, {str(ref)!r}, {str(tmp_path/'out')!r})"
+    kill = f"import os; from rlsft_nb import surgery; surgery._copy_aux = lambda *a: os._exit(9); surgery.restore({str(tgt)!r}, {str(ref)!r}, {str(tmp_path/'out')!r})"
     assert subprocess.run([sys.executable, '-c', kill], stdin=subprocess.DEVNULL).returncode == 9
     assert not (tmp_path/'out').exists() and (tmp_path/'.out.part').is_dir()
-    R.restore(tgt, ref, tmp_path/'fresh')
-    monkeypatch.setattr(R, 'pair', None) # every shard is there already
-    R.restore(str(tgt), str(ref), tmp_path/'out')
+    surgery.restore(tgt, ref, tmp_path/'fresh')
+    monkeypatch.setattr(surgery, 'pair', None) # every shard is there already
+    surgery.restore(str(tgt), str(ref), tmp_path/'out')
     a, b = tensors(tmp_path/'out'), tensors(tmp_path/'fresh')
     assert all(torch.equal(a[k], b[k]) for k in b) and sorted(p.name for p in tmp_path.iterdir()) == ['fresh', 'out', 'ref', 'tgt']
 
 def test_two_at_once_and_leftovers_of_another_job(tmp_path):
     tgt, ref = two(tmp_path, 'qwen2')
-    with pytest.raises(StageBusy, match='another process'), R._workplace(tmp_path/'out', 'another job'): R.restore(tgt, ref, tmp_path/'out')
+    with pytest.raises(StageBusy, match='another process'), surgery._workplace(tmp_path/'out', 'another job'): surgery.restore(tgt, ref, tmp_path/'out')
     part = tmp_path/'.out.part'
     part.mkdir()
     (part/'.job').write_text('another job')
     (part/'model.safetensors').write_text('left behind')
-    R.restore(tgt, ref, tmp_path/'out', ranks=0)
+    surgery.restore(tgt, ref, tmp_path/'out', ranks=0)
     assert all(torch.equal(v, tensors(tgt)[k]) for k, v in tensors(tmp_path/'out').items())
 
 # the command
@@ -362,20 +362,20 @@ def test_two_at_once_and_leftovers_of_another_job(tmp_path):
 def test_the_command(tmp_path, capsys):
     tgt, ref = two(tmp_path, 'qwen2')
     asked = [str(a) for a in ('--target', tgt, '--reference', ref, '--out', tmp_path/'out', '--rank', '0.2', '--types', 'q,k,v', '--layers')]
-    assert R.main([*asked, '0', '--dry-run']) == 0 and not (tmp_path/'out').exists()
+    assert surgery.main([*asked, '0', '--dry-run']) == 0 and not (tmp_path/'out').exists()
     assert 'matrices    3' in capsys.readouterr().out
     run = subprocess.run([sys.executable, '-m', 'rlsft_nb.restore', *asked, '0'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert run.returncode == 0 and '3 tensors changed' in run.stdout, run.stderr
     assert set(read_json(tmp_path/'out'/'restore.json')['edits']) == {'layers.0.q', 'layers.0.k', 'layers.0.v'}
     for layers, said in (('0', 'exists already'), ('7', 'layers: 7 is not there'), ('x', "layers='x'")):
-        with pytest.raises(SystemExit) as e: R.main([*asked, layers])
+        with pytest.raises(SystemExit) as e: surgery.main([*asked, layers])
         err = capsys.readouterr().err
         assert e.value.code == 2 and said in err and err.count('\n') == 1
 
 @pytest.mark.parametrize('kind', ['gpt2', 'gemma', 'mllama'])
 def test_the_command_takes_other_architectures(tmp_path, kind, capsys):
     tgt, ref = two(tmp_path, kind)
-    ask = lambda out, *more: R.main([*map(str, ('--target', tgt, '--reference', ref, '--out', tmp_path/out)), *more])
+    ask = lambda out, *more: surgery.main([*map(str, ('--target', tgt, '--reference', ref, '--out', tmp_path/out)), *more])
     assert ask('same', '--rank', '0') == 0 and torch.equal(logits(tgt, kind)[0], logits(tmp_path/'same', kind)[0])
     assert ask('new', '--rank', '0.5', '--layers', '0') == 0 and not torch.equal(logits(tgt, kind)[0], logits(tmp_path/'new', kind)[0])
     assert {n.split('.')[1] for n in read_json(tmp_path/'new'/'restore.json')['edits']} == {'0'} and 'tensors changed' in capsys.readouterr().out
@@ -385,12 +385,12 @@ def test_the_command_takes_other_architectures(tmp_path, kind, capsys):
 def test_cells_in_place_are_the_checkpoints_on_disk(tmp_path):
     (tgt, ref, _), cfg = pico_pair(tmp_path)
     spec = dict(mode='directions', ranks=.5, layers='0', types=['q', 'down'])
-    cell = R.score_cell(tgt, ref, cfg, spec)
-    done = R.restore(tgt, ref, tmp_path/'out', **spec)
+    cell = workbench.score_cell(tgt, ref, cfg, spec)
+    done = surgery.restore(tgt, ref, tmp_path/'out', **spec)
     now = {canonical(k): v for k, v in tensors(tmp_path/'out').items()}
-    assert all(torch.equal(v, now[n]) for n, v in R.workbench(tgt, ref, cfg).params.items())
+    assert all(torch.equal(v, now[n]) for n, v in workbench.workbench(tgt, ref, cfg).params.items())
     assert cell['edit']['matrices'] == 2 and cell['edit']['size'] == pytest.approx(sum(r['size']**2 for r in done['edits'].values())**.5)
-    plain = R.score_cell(tgt, ref, cfg, dict(mode='swap', ranks=0.))
+    plain = workbench.score_cell(tgt, ref, cfg, dict(mode='swap', ranks=0.))
     want = score(tgt, cfg, 'test', ['ID', 'OOD'])
     assert all(plain[c]['hits'] == want[c]['hits'] and plain[c]['outcomes'] == want[c]['outcomes'] for c in want)
 
@@ -402,11 +402,11 @@ def pico_pair(folder, **more):
 
 def test_a_workbench_on_disk_is_the_one_in_memory(tmp_path, monkeypatch):
     (tgt, ref, _), cfg = pico_pair(tmp_path)
-    small = R.Workbench(tgt, ref, cfg)
-    monkeypatch.setattr(R, 'KEEP_GIB', 0)
-    large = R.Workbench(tgt, ref, cfg)
+    small = workbench.Workbench(tgt, ref, cfg)
+    monkeypatch.setattr(workbench, 'KEEP_GIB', 0)
+    large = workbench.Workbench(tgt, ref, cfg)
     folder = Path(large.pairs.folder.name)
-    assert len(list(folder.iterdir())) == len(large.params) and not any(isinstance(p, R.Pair) for p in large.pairs.here.values())
+    assert len(list(folder.iterdir())) == len(large.params) and not any(isinstance(p, edits.Pair) for p in large.pairs.here.values())
     for spec in (dict(ranks=.3), dict(mode='swap', layers='1'), dict(mode='values', types=['q']), dict(mode='directions', ranks=0.)):
         assert small.put(**spec) == pytest.approx(large.put(**spec), 1e-6)
         for n, v in small.params.items(): close(v, large.params[n], 1e-6)
@@ -420,8 +420,8 @@ def test_a_decomposition_comes_back_from_its_short_side(tmp_path, monkeypatch, s
     rng = torch.Generator().manual_seed(0)
     W0 = torch.randn(shape, generator=rng)
     W = (torch.randn(shape[0], kept, generator=rng) @ torch.randn(kept, shape[1], generator=rng)) + 1e-9*W0*bool(kept)
-    monkeypatch.setattr(R, 'KEEP_GIB', 0)
-    pairs, p = R.Pairs([shape]), R.pair(W, W0)
+    monkeypatch.setattr(workbench, 'KEEP_GIB', 0)
+    pairs, p = workbench.Pairs([shape]), edits.pair(W, W0)
     pairs['a'] = p
     q, held = pairs['a'], load_file(pairs._file('a'))
     assert q.dtype == torch.float32 and torch.equal(q.W, p.W) and torch.equal(q.W0, p.W0)
@@ -439,33 +439,33 @@ def near(shape, seed=0):
     return W0 + .05*torch.randn(shape, generator=rng), W0
 
 @pytest.mark.parametrize('shape', [(30, 14), (14, 30), (20, 20)])
-@pytest.mark.parametrize('mode', R.MODES)
+@pytest.mark.parametrize('mode', edits.MODES)
 def test_every_mode_on_a_gpu(shape, mode):
     W, W0 = near(shape)
     for lo, hi in ((0, 5), (4, 9), (0, min(shape))):
-        p = R.pair(W, W0)
-        want = R.edit64(p, mode, lo, hi, 3)
+        p = edits.pair(W, W0)
+        want = edits.edit64(p, mode, lo, hi, 3)
         with GPU() as gpu:
             there = lambda *Ms: [M.to('cuda:0') for M in Ms]
-            q = R.Pair(*there(p.W, p.W0), R.Spectrum(*there(*p.a)), R.Spectrum(*there(*p.a0)), p.dtype) # another decomposition would have other signs
-            got = R.edit64(q, mode, lo, hi, 3)
+            q = edits.Pair(*there(p.W, p.W0), restore.Spectrum(*there(*p.a)), restore.Spectrum(*there(*p.a0)), p.dtype) # another decomposition would have other signs
+            got = edits.edit64(q, mode, lo, hi, 3)
             assert got.is_cuda and not gpu.ran & {'linalg_svd', 'linalg_eigh', 'linalg_eigvalsh', 'linalg_svdvals'}
-            told = R.describe(q, got, mode, lo, hi) | dict(freedom=R.freedom(q))
+            told = edits.describe(q, got, mode, lo, hi) | dict(freedom=edits.freedom(q))
             got = got.cpu()
         size = norm(want - p.W)
         assert norm(got - p.W) == pytest.approx(size, 2e-6)
         close(got, want, 1e-6*size if mode == 'random_rotation' else 1e-9) # the pretended GPU draws as the CPU does; trials of a size end within a millionth
         if mode in ('rotate', 'random_rotation'): close(sv(got), p.a.s, 1e-10)
-        mine = R.describe(p, want, mode, lo, hi) | dict(freedom=R.freedom(p))
+        mine = edits.describe(p, want, mode, lo, hi) | dict(freedom=edits.freedom(p))
         assert json.dumps(told) and told.keys() == mine.keys()
         for k in ('size', 'distance', 'to_reference', 'norm', 'condition'): assert told[k] == pytest.approx(mine[k], 1e-5), k
 
 def test_a_gpu_draws_by_itself():
     W, W0 = near((20, 14))
     with GPU():
-        p = R.pair(W.to('cuda:0'), W0.to('cuda:0'))
+        p = edits.pair(W.to('cuda:0'), W0.to('cuda:0'))
         for mode in ('random_rotation', 'random_change'):
-            a, b, c = (R.edit64(p, mode, 0, 4, seed).cpu() for seed in (0, 0, 1))
+            a, b, c = (edits.edit64(p, mode, 0, 4, seed).cpu() for seed in (0, 0, 1))
             assert torch.equal(a, b) and not torch.equal(a, c)
 
 @few
@@ -476,15 +476,15 @@ def test_the_nearest_frame_by_products(seed, p, more, least, scale):
     U, V = (np.linalg.qr(rng.normal(size=(n, p)))[0] for n in (p + more, p))
     s = 10**rng.uniform(least, 0, p)*10**scale
     X = torch.from_numpy((U*s) @ V.T)
-    close(R._by_products(X), torch.from_numpy(U @ V.T), 1e-8*10**-least*1e-2 + 1e-10)
+    close(edits._by_products(X), torch.from_numpy(U @ V.T), 1e-8*10**-least*1e-2 + 1e-10)
 
 def test_a_frame_that_products_do_not_find():
     X = torch.eye(4, dtype=torch.float64)
     X[:, 3] = X[:, 0]
-    assert R._by_products(X) is None and R._by_products(0*X) is None
+    assert edits._by_products(X) is None and edits._by_products(0*X) is None
     W, W0 = torch.diag(torch.tensor([3., 2., 1.]).double()), torch.diag(torch.tensor([1., 2., 3.]).double())
     with GPU() as gpu: # a direction is taken twice
-        out = R.edit64(R.pair(W.to('cuda:0'), W0.to('cuda:0')), 'rotate', 0, 1).cpu()
+        out = edits.edit64(edits.pair(W.to('cuda:0'), W0.to('cuda:0')), 'rotate', 0, 1).cpu()
         assert 'linalg_svd' in gpu.ran
     close(sv(out), torch.tensor([3., 2., 1.]).double())
 
@@ -494,7 +494,7 @@ def test_on_a_cpu_random_rotation_is_what_it_was():
         lam, Q = torch.linalg.eigh(X.mT @ X)
         return X @ ((Q*lam.rsqrt()) @ Q.mT)
     for shape in ((30, 14), (14, 30), (20, 20)):
-        p, rng = R.pair(*near(shape)), torch.Generator().manual_seed(3)
+        p, rng = edits.pair(*near(shape)), torch.Generator().manual_seed(3)
         size = float((p.W + (p.a0.U*p.a.s) @ p.a0.Vt - (p.a.U*p.a.s) @ p.a.Vt - p.W).norm())
         G, H = (torch.randn(B.shape, generator=rng, dtype=torch.float64)/B.shape[0]**.5 for B in (p.a.U, p.a.Vt.mT))
         t, got = size/float(p.W.norm()), 0.
@@ -502,7 +502,7 @@ def test_on_a_cpu_random_rotation_is_what_it_was():
             out = p.W + (frame(p.a.U + t*G)*p.a.s) @ frame(p.a.Vt.mT + t*H).mT - (p.a.U*p.a.s) @ p.a.Vt
             got = float((out - p.W).norm())
             t *= size/got
-        assert torch.equal(R.edit64(p, 'random_rotation', seed=3), out)
+        assert torch.equal(edits.edit64(p, 'random_rotation', seed=3), out)
 
 def most_bytes(f):
     "The most memory of tensors that a call takes at a time."
@@ -512,33 +512,33 @@ def most_bytes(f):
     return int(np.cumsum(each).max())
 
 @pytest.mark.parametrize('shape', [(6000, 48), (48, 6000)])
-@pytest.mark.parametrize('mode', R.MODES)
+@pytest.mark.parametrize('mode', edits.MODES)
 def test_the_memory_of_an_edit_is_as_planned(shape, mode):
     "Bytes for each entry: the pair, and the most that anything made of it takes."
     def work():
-        p = R.pair(*(M.to('cuda:0') for M in near(shape)))
-        R.describe(p, R.edit64(p, mode, 0, 10), mode, 0, 10)
-    with GPU(): assert 50 < most_bytes(work)/math.prod(shape) < R.WORK
+        p = edits.pair(*(M.to('cuda:0') for M in near(shape)))
+        edits.describe(p, edits.edit64(p, mode, 0, 10), mode, 0, 10)
+    with GPU(): assert 50 < most_bytes(work)/math.prod(shape) < workbench.WORK
 
 def test_narrow_matrices_stay_on_the_cpu():
-    with GPU(): assert [R.placed(torch.zeros(s), 'cuda:0').is_cuda for s in ((1024, 1024), (1024, 3000), (1023, 3000), (3000, 576))] == [True, True, False, False]
-    assert R.placed(W := torch.zeros(1024, 1024), 'cpu') is W
+    with GPU(): assert [surgery.placed(torch.zeros(s), 'cuda:0').is_cuda for s in ((1024, 1024), (1024, 3000), (1023, 3000), (3000, 576))] == [True, True, False, False]
+    assert surgery.placed(W := torch.zeros(1024, 1024), 'cpu') is W
 
 @pytest.mark.parametrize('keep', [8, 0])
 def test_a_workbench_with_a_gpu_is_the_one_without(tmp_path, monkeypatch, keep):
     (tgt, ref, _), cfg = pico_pair(tmp_path)
-    true = R.load_lm
+    true = restore.load_lm
     for name, by in (('ref', .02), ('other', .03)): # near the target, as checkpoints of one run are
         spoil(tmp_path/'tgt', lambda sd: save_file({k: v + by*v.std()*torch.randn(v.shape, generator=torch.Generator().manual_seed(len(k))) if v.ndim == 2 else v for k, v in sd.items()}, tmp_path/name/'model.safetensors', {'format': 'pt'}))
-    cpu = R.Workbench(tgt, ref, cfg, like=str(tmp_path/'other'))
-    monkeypatch.setattr(R, 'KEEP_GIB', keep); monkeypatch.setattr(R, 'placed', lambda W, d: W.to(d) if W.shape[0] > 64 else W)
-    monkeypatch.setattr(R, 'device', lambda cfg: 'cuda:0'); monkeypatch.setattr(R, 'load_lm', lambda t, c, d, dtype: true(t, c, 'cpu', dtype))
+    cpu = workbench.Workbench(tgt, ref, cfg, like=str(tmp_path/'other'))
+    monkeypatch.setattr(workbench, 'KEEP_GIB', keep); monkeypatch.setattr(workbench, 'placed', lambda W, d: W.to(d) if W.shape[0] > 64 else W)
+    monkeypatch.setattr(workbench, 'device', lambda cfg: 'cuda:0'); monkeypatch.setattr(workbench, 'load_lm', lambda t, c, d, dtype: true(t, c, 'cpu', dtype))
     with GPU() as gpu:
-        w = R.Workbench(tgt, ref, cfg, like=str(tmp_path/'other'))
+        w = workbench.Workbench(tgt, ref, cfg, like=str(tmp_path/'other'))
         at = {n: w.pairs[n].W.is_cuda for n in w.params}
         assert at == {n: v.shape[0] > 64 for n, v in w.params.items()} and len(set(at.values())) == 2 and bool(w.pairs.folder) == (keep == 0)
         assert w.freedom == pytest.approx(cpu.freedom)
-        for mode in R.MODES:
+        for mode in edits.MODES:
             for spec in (dict(ranks=.3), dict(layers='1')):
                 assert cpu.put(mode, **spec) == pytest.approx(w.put(mode, **spec), 1e-3, abs=1e-6)
                 if mode != 'random_rotation': # other signs, another turn
@@ -547,9 +547,9 @@ def test_a_workbench_with_a_gpu_is_the_one_without(tmp_path, monkeypatch, keep):
 def test_checkpoints_on_disk_are_made_with_the_gpu(tmp_path, monkeypatch):
     tgt, ref = two(tmp_path, 'qwen2')
     variants = dict(part=dict(ranks=.4), turned=dict(mode='random_rotation', ranks=2), vectors=dict(types=['q', '1d'], mode='swap'))
-    R.restore_all(tgt, ref, {tmp_path/n: v for n, v in variants.items()})
-    monkeypatch.setattr(R, 'WIDE', 16); monkeypatch.setattr(R, 'own_device', lambda: 'cuda:0')
-    with GPU() as gpu: R.restore_all(tgt, ref, {tmp_path/f'{n}-gpu': v for n, v in variants.items()})
+    surgery.restore_all(tgt, ref, {tmp_path/n: v for n, v in variants.items()})
+    monkeypatch.setattr(surgery, 'WIDE', 16); monkeypatch.setattr(surgery, 'own_device', lambda: 'cuda:0')
+    with GPU() as gpu: surgery.restore_all(tgt, ref, {tmp_path/f'{n}-gpu': v for n, v in variants.items()})
     assert gpu.ran
     for n in variants:
         a, b = tensors(tmp_path/n), tensors(tmp_path/f'{n}-gpu')
@@ -560,106 +560,106 @@ def test_checkpoints_on_disk_are_made_with_the_gpu(tmp_path, monkeypatch):
 
 def test_never_two_workbenches_and_none_beside_workers(monkeypatch, tmp_path):
     (tgt, ref, other), cfg = pico_pair(tmp_path)
-    alive, made, calls, true = weakref.WeakSet(), [], [], R.map_items
+    alive, made, calls, true = weakref.WeakSet(), [], [], restore.map_items
     class Bench:
         freedom = dict(measured=.1, chance=.1)
         def __init__(self, *a): alive.add(self); self.me = self; made.append(len(alive)) # a ring, as models have
         def put(self, **spec): made.append(len(alive)); return {}
     def counted(*a): calls.append(len(alive)); return true(*a)
-    monkeypatch.setattr(R, 'Workbench', Bench); monkeypatch.setattr(R, 'map_items', counted); monkeypatch.setattr(R, 'within_all', lambda *a: {})
-    monkeypatch.setattr(R, 'score_cell', lambda t, r, c, spec, seed, like, within: dict(edit=R.workbench(t, r, c, like).put(**spec), freedom=R.workbench(t, r, c, like).freedom))
+    monkeypatch.setattr(workbench, 'Workbench', Bench); monkeypatch.setattr(restore, 'map_items', counted); monkeypatch.setattr(restore, 'within_all', lambda *a: {})
+    monkeypatch.setattr(workbench, 'score_cell', lambda t, r, c, spec, seed, like, within: dict(edit=workbench.workbench(t, r, c, like).put(**spec), freedom=workbench.workbench(t, r, c, like).freedom))
     gc.disable()
     try:
-        R.workbench(tgt, other, cfg) # left from before
-        got = R.play_cells(cfg, 0, dict(peak=(tgt, ref, ''), base=(tgt, other, '')), tmp_path/'one')
+        workbench.workbench(tgt, other, cfg) # left from before
+        got = restore.play_cells(cfg, 0, dict(peak=(tgt, ref, ''), base=(tgt, other, '')), tmp_path/'one')
         assert set(made) == {1} and made.count(1) == 3 + 50 # opened, played
-        assert calls == [0] and not alive and not R._bench
-        R.workbench(tgt, other, cfg)
-        monkeypatch.setattr(R, 'map_items', lambda fn, items, *_: calls.append(len(alive)) or dict.fromkeys(items, got['peak']['got']['values-all-full']))
-        R.play_cells(cfg, 0, dict(peak=(tgt, ref, ''), base=(tgt, other, '')), tmp_path/'two')
+        assert calls == [0] and not alive and not workbench._bench
+        workbench.workbench(tgt, other, cfg)
+        monkeypatch.setattr(restore, 'map_items', lambda fn, items, *_: calls.append(len(alive)) or dict.fromkeys(items, got['peak']['got']['values-all-full']))
+        restore.play_cells(cfg, 0, dict(peak=(tgt, ref, ''), base=(tgt, other, '')), tmp_path/'two')
         assert calls == [0, 0] and not alive
     finally: gc.enable()
 
 @pytest.mark.parametrize('kind', ['qwen2', 'llama', 'mllama'])
 def test_the_cells_of_a_target_follow_from_its_headers(pico, kind):
     cfg, folder = load_params('tiny'), str(pico[kind])
-    params = R.Workbench(folder, folder, cfg).params
-    rows = [R.Row(n) for n in params]
-    assert R.outline(folder, cfg) == dict(depth=1 + max(r.layer for r in rows), rank=max(min(v.shape) for v in params.values()), tied='head' not in params)
+    params = workbench.Workbench(folder, folder, cfg).params
+    rows = [workbench.Row(n) for n in params]
+    assert restore.outline(folder, cfg) == dict(depth=1 + max(r.layer for r in rows), rank=max(min(v.shape) for v in params.values()), tied='head' not in params)
 
 def test_the_unrelated_reference_is_as_far(tmp_path):
     (tgt, ref, other), cfg = pico_pair(tmp_path)
-    w, far = R.Workbench(tgt, other, cfg, like=ref), R.Workbench(tgt, ref, cfg)
+    w, far = workbench.Workbench(tgt, other, cfg, like=ref), workbench.Workbench(tgt, ref, cfg)
     for n in w.params: assert norm(w.pairs[n].W0 - w.pairs[n].W) == pytest.approx(norm(far.pairs[n].W0 - far.pairs[n].W), rel=1e-5)
 
 def test_grid_has_every_cell_once():
     r = load_params('tiny').restore
     for depth, tied in ((4, False), (28, True), (1, False)):
-        for which in R.WHICH:
-            cells, few = (R.grid(r, depth, 192, tied, which, full) for full in (True, False))
+        for which in restore.WHICH:
+            cells, few = (restore.grid(r, depth, 192, tied, which, full) for full in (True, False))
             assert set(few) <= set(cells) and all(cells[n] == few[n] for n in few)
             assert len({json.dumps(s, sort_keys=True) for s in cells.values()}) == len(cells)
-        assert all(g['layers'] is None or max(R.parse_layers(g['layers'])) < depth for g in R.layer_groups(depth, r.bands, r.prefixes))
-    assert [len(R.within_all(r, w, R.grid(r, 4, 192, which=w))) for w in R.WHICH] == [3, 0, 3, 0, 0, 0]
-    with pytest.raises(ParamError, match="peak has no cell 'nothing'"): R.within_all(load_params('tiny', dict(restore=dict(within=['peak/nothing']))).restore, 'peak', {})
+        assert all(g['layers'] is None or max(surgery.parse_layers(g['layers'])) < depth for g in restore.layer_groups(depth, r.bands, r.prefixes))
+    assert [len(restore.within_all(r, w, restore.grid(r, 4, 192, which=w))) for w in restore.WHICH] == [3, 0, 3, 0, 0, 0]
+    with pytest.raises(ParamError, match="peak has no cell 'nothing'"): restore.within_all(load_params('tiny', dict(restore=dict(within=['peak/nothing']))).restore, 'peak', {})
 
 @few
 @given(spans, st.integers(12, 40), st.integers(0, 99))
 def test_bands_elsewhere_are_as_wide(ks, p, seed):
     lo, hi = sorted(ks)
-    for place in R.PLACES:
-        a, b = R.elsewhere(lo, hi, p, place, seed)
-        assert 0 <= a <= b <= p and b - a == hi - lo and (a, b) == R.elsewhere(lo, hi, p, place, seed)
-    assert R.elsewhere(lo, hi, p, 'top') == (lo, hi) and R.elsewhere(lo, hi, p, 'tail')[1] == p
+    for place in edits.PLACES:
+        a, b = edits.elsewhere(lo, hi, p, place, seed)
+        assert 0 <= a <= b <= p and b - a == hi - lo and (a, b) == edits.elsewhere(lo, hi, p, place, seed)
+    assert edits.elsewhere(lo, hi, p, 'top') == (lo, hi) and edits.elsewhere(lo, hi, p, 'tail')[1] == p
 
 def test_random_places_differ():
-    assert len({R.elsewhere(0, 3, 40, 'random', seed) for seed in range(20)}) > 5
-    with pytest.raises(ValueError, match="place='middle'"): R.elsewhere(0, 1, 2, 'middle')
+    assert len({edits.elsewhere(0, 3, 40, 'random', seed) for seed in range(20)}) > 5
+    with pytest.raises(ValueError, match="place='middle'"): edits.elsewhere(0, 1, 2, 'middle')
 
 @few
 @given(matrices(), spans)
 def test_the_authors_reading_and_the_straight_line(pair, ks):
-    p = R.pair(*pair)
+    p = edits.pair(*pair)
     lo, hi = band_of(ks, p.rank)
     whole = hi - lo == p.rank
-    assert torch.equal(R.edit(p, 'coded', lo, hi), p.W0 if whole else R.edit(p, 'directions', lo, hi))
-    close(R.edit(p, 'blend', lo, hi), p.W + (p.W0 - p.W)*(hi - lo)/p.rank)
-    assert torch.equal(R.edit(p, 'blend'), p.W0)
+    assert torch.equal(edits.edit(p, 'coded', lo, hi), p.W0 if whole else edits.edit(p, 'directions', lo, hi))
+    close(edits.edit(p, 'blend', lo, hi), p.W + (p.W0 - p.W)*(hi - lo)/p.rank)
+    assert torch.equal(edits.edit(p, 'blend'), p.W0)
 
 @few
 @given(matrices(), st.integers(0, 99))
 def test_an_unrelated_matrix_is_moved_to_the_distance(pair, seed):
     W, W0 = pair
     Z = torch.from_numpy(np.random.default_rng(seed).normal(size=W.shape))
-    got = R.at_distance(W, Z, W0)
+    got = workbench.at_distance(W, Z, W0)
     assert norm(got - W) == pytest.approx(norm(W0 - W)) and norm(got - Z) == pytest.approx(abs(norm(Z - W) - norm(W0 - W)), abs=1e-9)
-    assert torch.equal(R.at_distance(W, W.clone(), W0), W)
+    assert torch.equal(workbench.at_distance(W, W.clone(), W0), W)
 
 def test_recovery():
     rng = np.random.default_rng(0)
     draw = lambda p: ''.join(map(str, (rng.random(500) < p).astype(int)))
     t, e, ref = draw(.2), draw(.35), draw(.5)
-    one, many = R.recovery(e, t, ref, range(500)), R.recovery(e, t, ref, [i//10 for i in range(500)])
+    one, many = restore.recovery(e, t, ref, range(500)), restore.recovery(e, t, ref, [i//10 for i in range(500)])
     rate = lambda b: b.count('1')/500
     assert one['value'] == many['value'] == pytest.approx((rate(e) - rate(t))/(rate(ref) - rate(t)))
     assert one['lo'] < one['value'] < one['hi']
-    assert R.recovery(e, t, t, range(500))['value'] is None # nothing lost
+    assert restore.recovery(e, t, t, range(500))['value'] is None # nothing lost
     faint = t[:-1] + ('1' if t[-1] == '0' else '0')
-    assert R.recovery(e, t, faint, range(500))['lo'] is None # the loss may be nothing
-    rare = R.recovery('1'*4 + '0'*496, '0'*500, '1'*4 + '0'*496, range(500)) # some draws have no loss at all
+    assert restore.recovery(e, t, faint, range(500))['lo'] is None # the loss may be nothing
+    rare = restore.recovery('1'*4 + '0'*496, '0'*500, '1'*4 + '0'*496, range(500)) # some draws have no loss at all
     assert rare['lo'] == rare['hi'] == 1
 
 def test_verdicts_follow_the_thresholds():
     r = lambda v, lo, hi: dict(value=v, lo=lo, hi=hi)
     none = r(None, None, None)
-    assert [R.judge_share(x) for x in (r(.8, .6, 1.), r(.7, .4, .9), r(.3, .1, .6), none)] == ['holds', 'undecided', 'fails', 'nothing to recover']
-    assert [R.judge_cost(x) for x in (r(.66, .5, .9), r(.7, .4, 1.1), r(.9, .8, 1.), none)] == ['holds', 'undecided', 'fails', 'nothing to lose']
-    assert [R.judge_values(*x) for x in ((r(.9, .6, 1.), r(.1, 0., .4)), (r(.3, .1, .4), r(0., -.1, .1)), (r(.6, .4, .8), r(0., -.1, .1)), (none, none))] == ['holds', 'fails', 'undecided', 'nothing to recover']
-    assert R.holm([.01, .04, .03, .5]) == pytest.approx([.04, .09, .09, .5])
+    assert [restore.judge_share(x) for x in (r(.8, .6, 1.), r(.7, .4, .9), r(.3, .1, .6), none)] == ['holds', 'undecided', 'fails', 'nothing to recover']
+    assert [restore.judge_cost(x) for x in (r(.66, .5, .9), r(.7, .4, 1.1), r(.9, .8, 1.), none)] == ['holds', 'undecided', 'fails', 'nothing to lose']
+    assert [restore.judge_values(*x) for x in ((r(.9, .6, 1.), r(.1, 0., .4)), (r(.3, .1, .4), r(0., -.1, .1)), (r(.6, .4, .8), r(0., -.1, .1)), (none, none))] == ['holds', 'fails', 'undecided', 'nothing to recover']
+    assert restore.holm([.01, .04, .03, .5]) == pytest.approx([.04, .09, .09, .5])
     t = lambda *pairs: [dict(holm=p, gain=g) for p, g in pairs]
     won, lost, even = (.01, .1), (.01, -.1), (.2, .1)
-    assert [R.judge_wins(t(*x)) for x in ((won, won), (won, even), (won, lost), (lost, even), (even,), ())] == ['holds', 'undecided', 'fails', 'fails', *['no difference seen']*2]
-    assert [R.judge_wins(t(*x), any) for x in ((won, even), (won, lost), (lost, even), (even, even))] == ['holds', 'mixed', 'fails', 'no difference seen']
+    assert [restore.judge_wins(t(*x)) for x in ((won, won), (won, even), (won, lost), (lost, even), (even,), ())] == ['holds', 'undecided', 'fails', 'fails', *['no difference seen']*2]
+    assert [restore.judge_wins(t(*x), any) for x in ((won, even), (won, lost), (lost, even), (even, even))] == ['holds', 'mixed', 'fails', 'no difference seen']
 
 def played(p, seed, n=1000):
     "A made-up record of `evaluate` with success rate `p`."
@@ -673,11 +673,11 @@ ENDS = [{c: played(p, [900, j, k]) for j, c in enumerate(('ID', 'OOD'))} for k, 
 
 def made_up(which, cfg, back, full=True):
     "`summary` of cells whose success is `back(spec)`, target 0.2, peak 0.5."
-    specs = R.grid(cfg.restore, 4, 192, which=which, full=full)
+    specs = restore.grid(cfg.restore, 4, 192, which=which, full=full)
     got = {n: {c: played(back(s), [i, j]) for j, c in enumerate(('ID', 'OOD'))} | dict(edit=EDIT) for i, (n, s) in enumerate(specs.items())}
-    for n in R.within_all(cfg.restore, which, specs) if full else (): got[n]['within'] = {c: got[n][c] | dict(n=300) for c in ('ID', 'OOD')}
+    for n in restore.within_all(cfg.restore, which, specs) if full else (): got[n]['within'] = {c: got[n][c] | dict(n=300) for c in ('ID', 'OOD')}
     told = dict(specs=specs, got=got, freedom=dict(measured=.1, chance=.1), depth=4, rank=192)
-    return R.summary(told, *(ENDS if which != 'rl' else ENDS[::-1]), None if which in ('rl', 'end') else ENDS[1], cfg)
+    return restore.summary(told, *(ENDS if which != 'rl' else ENDS[::-1]), None if which in ('rl', 'end') else ENDS[1], cfg)
 
 def restored(s):
     if s['mode'] in ('values', 'random_rotation') or s.get('place'): return .2
@@ -691,18 +691,18 @@ def test_figures_and_verdicts_of_made_up_cells():
     found = {w: made_up(w, cfg, restored) for w in ('peak', 'base')}
     imposed = {w: made_up(w, cfg, lambda s: .5 if s.get('ranks') == 0. or s['mode'] in ('values', 'random_rotation') else .3) for w in ('rl', 'end')}
     unrelated = {w: made_up(w, cfg, lambda s: .2) for w in ('unrelated-peak', 'unrelated-end')}
-    figs = R.fig_layers(found, cfg.restore, 'five'), R.fig_ranks(found, 'six', unrelated), R.fig_ranks(imposed, 'seven')
+    figs = restore.fig_layers(found, cfg.restore, 'five'), restore.fig_ranks(found, 'six', unrelated), restore.fig_ranks(imposed, 'seven')
     assert all(len(f.axes) == 4 for f in figs)
-    far = R.fig_distance(found['peak'], 'by distance')
-    assert {len(a.containers) for a in far.axes} == {len(R._series(found['peak']['cells'], 192)) - 1} # every series but the authors' reading
+    far = restore.fig_distance(found['peak'], 'by distance')
+    assert {len(a.containers) for a in far.axes} == {len(restore._series(found['peak']['cells'], 192)) - 1} # every series but the authors' reading
     labels = [t.get_text() for t in figs[1].legends[0].get_texts()]
-    assert len(labels) == len(set(labels)) and {R.LOOK[k][2] for k in ('coded', 'tail', 'random', 'blend', 'unrelated-end')} < set(labels)
-    rows = {r['claim']: r['verdict'] for r in R.verdicts(found['peak'], cfg.restore)}
+    assert len(labels) == len(set(labels)) and {restore.LOOK[k][2] for k in ('coded', 'tail', 'random', 'blend', 'unrelated-end')} < set(labels)
+    rows = {r['claim']: r['verdict'] for r in restore.verdicts(found['peak'], cfg.restore)}
     assert list(rows.values()) == ['fails', 'holds', 'holds', 'fails', *['holds']*4]
-    assert [r['verdict'] for r in R.readings(found, cfg.restore)] == ['fails', 'holds', 'fails', *['holds']*3]
-    assert [r['verdict'] for r in R.imposed_verdicts(imposed)] == ['holds']*3 + ['fails']*2
-    assert json.loads(json.dumps(found | imposed, allow_nan=False)) and 'fails' in verdict_table(R.verdicts(found['peak'], cfg.restore))
-    assert [w['ranks'] for w in R.way_table(found['peak'])] == cfg.restore.ranks and len(R.way_table(imposed['rl'])) == 4
+    assert [r['verdict'] for r in restore.readings(found, cfg.restore)] == ['fails', 'holds', 'fails', *['holds']*3]
+    assert [r['verdict'] for r in restore.imposed_verdicts(imposed)] == ['holds']*3 + ['fails']*2
+    assert json.loads(json.dumps(found | imposed, allow_nan=False)) and 'fails' in verdict_table(restore.verdicts(found['peak'], cfg.restore))
+    assert [w['ranks'] for w in restore.way_table(found['peak'])] == cfg.restore.ranks and len(restore.way_table(imposed['rl'])) == 4
 
 def test_five_attempts_are_told_on_the_hands_that_were_played_so(tmp_path):
     cfg = load_params('tiny')
@@ -711,7 +711,7 @@ def test_five_attempts_are_told_on_the_hands_that_were_played_so(tmp_path):
     for n in cfg.restore.within[:-1]:
         which, cell = n.split('/')
         write_json(tmp_path/which/'cells'/f'{which}-{cell}.json', dict(within=dict(ID=half, OOD=half)))
-    table = R.five_table(stages, {k: dict(within={c: dict(hits='1'*300 + '0'*700, hits_within='1'*1000) for c in ('ID', 'OOD')}) for k in ('end', 'peak')}, cfg)
+    table = restore.five_table(stages, {k: dict(within={c: dict(hits='1'*300 + '0'*700, hits_within='1'*1000) for c in ('ID', 'OOD')}) for k in ('end', 'peak')}, cfg)
     assert [r['cell'] for r in table] == ['end', 'peak', *cfg.restore.within[:-1]]
     assert {(r['hands'], r['OOD first'], r['ID within all']) for r in table[:2]} == {(300, 1., 1.)} and {(r['hands'], r['OOD first'], r['ID within all']) for r in table[2:]} == {(300, .5, .5)}
-    assert R.five_table({}, {}, cfg) == []
+    assert restore.five_table({}, {}, cfg) == []

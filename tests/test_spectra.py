@@ -4,7 +4,11 @@ from hypothesis import given as all_of, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 from transformers import AutoModelForCausalLM, GPT2Config, Gemma2Config
-from rlsft_nb import spectra
+from rlsft_nb import chance, comparison, comparison_page, matrices, spectra
+from rlsft_nb.matrices import *
+from rlsft_nb.chance import *
+from rlsft_nb.comparison import *
+from rlsft_nb.comparison_page import *
 from rlsft_nb.spectra import *
 from rlsft_nb.core import load_params
 from rlsft_nb.weights import Checkpoint, CheckpointError
@@ -87,11 +91,11 @@ def test_tf32_is_off_whatever_the_caller_allows(old, tmp_path, monkeypatch):
     if not old and not hasattr(flag, 'fp32_precision'): pytest.skip('this torch has one flag only')
     for n, noise in (('a', 0), ('b', .1)): save_file({'model.layers.0.self_attn.q_proj.weight': (randn(8, 8) + noise*randn(8, 8, seed=1)).float()}, tmp_path/f'{n}.safetensors')
     read = (lambda: ['ieee', 'tf32'][flag.allow_tf32]) if old else lambda: flag.fp32_precision
-    monkeypatch.setattr(spectra, 'as_coded', lambda *a: seen.append(read()) or {})
+    monkeypatch.setattr(comparison, 'as_coded', lambda *a: seen.append(read()) or {})
     try:
         if old: torch.set_float32_matmul_precision('high')
         else: flag.fp32_precision = 'tf32'
-        spectra.measure_pair(*(Checkpoint(tmp_path/f'{n}.safetensors')['layers.0.q'] for n in 'ab'), [2], 'shuffle', 2, 0, 8)
+        comparison.measure_pair(*(Checkpoint(tmp_path/f'{n}.safetensors')['layers.0.q'] for n in 'ab'), [2], 'shuffle', 2, 0, 8)
         with pytest.raises(ZeroDivisionError), full_precision(): 1/0
         assert seen == ['ieee'] and read() == 'tf32'
     finally: torch.set_float32_matmul_precision('highest')
@@ -194,8 +198,8 @@ def test_draws_of_a_cpu_are_these(m, n):
     assert torch.equal(storage_noise(D, g), (torch.frexp(D).exponent - 8).double().exp2()*(torch.rand(m, n, generator=same, dtype=torch.float64) - .5))
 
 def test_singular_values_of_an_update_are_found_once(monkeypatch):
-    seen, real, W = [], spectra.singular_values, randn(9, 6)
-    monkeypatch.setattr(spectra, 'singular_values', lambda X: (seen.append(X.shape), real(X))[1])
+    seen, real, W = [], matrices.singular_values, randn(9, 6)
+    monkeypatch.setattr(comparison, 'singular_values', lambda X: (seen.append(X.shape), real(X))[1])
     measure(W + .1*randn(9, 6, seed=1), W, [2], 'orient', 7)
     assert len(seen) == 2 # for the record, and for all draws
 
@@ -328,12 +332,12 @@ def test_resumes_by_matrix_and_notices_change(toy, monkeypatch):
     kept = sorted((toy/'out').glob('matrices-*/*.json'))
     assert len(kept) == 6
     kept[0].unlink()
-    done, real = [], spectra.measure_pair
-    monkeypatch.setattr(spectra, 'measure_pair', lambda *a: (done.append(a[1].name), real(*a))[1])
+    done, real = [], comparison.measure_pair
+    monkeypatch.setattr(comparison, 'measure_pair', lambda *a: (done.append(a[1].name), real(*a))[1])
     assert compare(toy/'a', toy/'b', toy/'out', ks=[3]) == first and done == [kept[0].stem]
-    monkeypatch.setattr(spectra, 'measure_pair', lambda *a: pytest.fail('measured again'))
+    monkeypatch.setattr(comparison, 'measure_pair', lambda *a: pytest.fail('measured again'))
     assert compare(toy/'a', toy/'b', toy/'out', ks=[3]) == first
-    monkeypatch.setattr(spectra, 'measure_pair', real)
+    monkeypatch.setattr(comparison, 'measure_pair', real)
     save_file({n: 2*W for n, W in load_file(toy/'b'/'model.safetensors').items()}, toy/'b'/'model.safetensors')
     assert compare(toy/'a', toy/'b', toy/'out', ks=[3]) != first
 
@@ -370,10 +374,11 @@ def test_command_line(toy, env, capsys):
 def test_a_killed_run_goes_on_where_it_stopped(toy, env, capsys):
     "Killed in the middle; the second run measures only the rest."
     code = """
-import os, sys, rlsft_nb.spectra as s
+import os, sys, rlsft_nb.comparison as s
+from rlsft_nb.comparison_page import main
 real = s.measure_pair
 s.measure_pair = lambda *a: os.kill(os.getpid(), 9) if a[0].name == 'layers.1.q' else real(*a)
-s.main(sys.argv[1:])"""
+main(sys.argv[1:])"""
     args = [str(toy/'a'), str(toy/'b'), '--out', str(toy/'seen'), '--workers', '1', '--draws', '2', '--k', '2']
     assert subprocess.run([sys.executable, '-c', code, *args], capture_output=True, env=env).returncode == -9
     times = lambda: {f.name: f.stat().st_mtime_ns for f in (toy/'seen').glob('matrices-*/*.json')}
@@ -394,7 +399,7 @@ def test_ranks_under_accelerate_launch(toy, env):
 
 def test_workers_and_memory_are_in_the_help(capsys):
     with pytest.raises(SystemExit): main(['--help'])
-    assert f'{spectra.BYTES} bytes for each element' in ' '.join(capsys.readouterr().out.split())
+    assert f'{comparison.BYTES} bytes for each element' in ' '.join(capsys.readouterr().out.split())
 
 def test_memory_is_bounded_by_the_largest_matrix(tmp_path, env):
     "Peak memory of many matrices is that of one, and below what the help says."
@@ -407,7 +412,7 @@ for n in c.names(): s.measure_pair(c[n], Checkpoint(sys.argv[2])[n], [.5], 'shuf
 print((peak_mib() - before)*2**20/600**2)'''
     for f, noise in (('a', 0), ('b', .01)): save_file({f'model.layers.{i}.self_attn.q_proj.weight': (randn(600, 600, seed=i) + noise*randn(600, 600, seed=8)).float() for i in range(3)}, tmp_path/f'{f}.safetensors')
     done = subprocess.run([sys.executable, '-c', code, tmp_path/'a.safetensors', tmp_path/'b.safetensors'], capture_output=True, text=True, env=env)
-    assert float(done.stdout) < spectra.BYTES, done.stderr
+    assert float(done.stdout) < comparison.BYTES, done.stderr
 
 # GPUs, pretended
 
@@ -430,7 +435,7 @@ def test_a_gpu_measures_the_same(m, n, rank, null, monkeypatch):
     with GPU() as gpu: got = run('cuda:0')
     assert {'linalg_eigh', 'linalg_eigvalsh', 'randn', 'rand'} <= gpu.ran and ('randperm' in gpu.ran) == (null == 'shuffle')
     other = run('cpu')
-    monkeypatch.setattr(spectra, '_source', same_draws)
+    monkeypatch.setattr(chance, '_source', same_draws)
     near(got, run('cpu'))
     assert got['verdicts'] != other['verdicts']
 
@@ -473,19 +478,19 @@ SIZES = dict(kv=(512, 512*3584), square=(3584, 3584**2), up=(3584, 18944*3584), 
 @pytest.mark.parametrize('found, held', [([], [0]*6), (CARDS[80], [0, 29, 8, 1, 0, 16]), (CARDS[80]*4, [0, 116, 32, 4, 0, 64]), (CARDS[24], [0, 8, 2, 0, 0, 5]), (CARDS[80] + CARDS[24], [0, 16, 4, 0, 0, 10])])
 def test_room_on_gpus(found, held, monkeypatch):
     "Small matrices and what is too large go to CPUs; as many of the others as the smallest GPU holds, on each."
-    monkeypatch.setattr(spectra, 'gpus', lambda: found)
-    monkeypatch.setattr(spectra, 'own_device', lambda: 'cuda:2')
+    monkeypatch.setattr(comparison, 'gpus', lambda: found)
+    monkeypatch.setattr(comparison, 'own_device', lambda: 'cuda:2')
     assert [room(*size) for size in SIZES.values()] == held
     assert [device_of(*size) for size in SIZES.values()] == ['cuda:2' if k else 'cpu' for k in held]
-    for k, (_, elements) in zip(held, SIZES.values()): assert k*spectra.BYTES*elements < sum(gib for _, gib in found)*2**30 or not k
+    for k, (_, elements) in zip(held, SIZES.values()): assert k*comparison.BYTES*elements < sum(gib for _, gib in found)*2**30 or not k
 
 def test_one_call_a_device(tmp_path, monkeypatch):
     calls, items, extents = [], dict(a=(1,), b=(2,), c=(3,)), dict(a=SIZES['up'], b=SIZES['kv'], c=SIZES['square'])
-    monkeypatch.setattr(spectra, 'map_items', lambda fn, todo, folder, workers, desc: (calls.append((list(todo), workers)), dict(todo))[1])
+    monkeypatch.setattr(comparison, 'map_items', lambda fn, todo, folder, workers, desc: (calls.append((list(todo), workers)), dict(todo))[1])
     run = lambda workers: (calls.clear(), map_sized('x.y', items, extents, tmp_path, workers, 'd'), list(calls))[1:]
-    monkeypatch.setattr(spectra, 'gpus', lambda: [])
+    monkeypatch.setattr(comparison, 'gpus', lambda: [])
     assert run(64) == (items, [(['a', 'b', 'c'], 64)])
-    monkeypatch.setattr(spectra, 'gpus', lambda: CARDS[80])
+    monkeypatch.setattr(comparison, 'gpus', lambda: CARDS[80])
     assert run(64) == (items, [(['a', 'c'], 8), (['a', 'b', 'c'], 64)]) # the first are on disk by then
     assert run(2)[1] == [(['a', 'c'], 2), (['a', 'b', 'c'], 2)]
     items.pop('a'), items.pop('c')
@@ -494,10 +499,10 @@ def test_one_call_a_device(tmp_path, monkeypatch):
 def test_processes(monkeypatch):
     cfg = load_params('tiny', dict(workers=3))
     monkeypatch.setattr(os, 'cpu_count', lambda: 16)
-    monkeypatch.setattr(spectra, 'gpus', lambda: [])
-    assert spectra.processes(cfg) == 3
-    monkeypatch.setattr(spectra, 'gpus', lambda: CARDS[80])
-    assert spectra.processes(cfg) == 8 and spectra.processes(load_params('tiny', dict(workers=12))) == 12
+    monkeypatch.setattr(comparison, 'gpus', lambda: [])
+    assert comparison.processes(cfg) == 3
+    monkeypatch.setattr(comparison, 'gpus', lambda: CARDS[80])
+    assert comparison.processes(cfg) == 8 and comparison.processes(load_params('tiny', dict(workers=12))) == 12
 
 def test_compare_with_a_gpu(tmp_path, monkeypatch):
     "Some matrices there, some here; the record is in order, and says of each what a CPU says."
@@ -505,18 +510,18 @@ def test_compare_with_a_gpu(tmp_path, monkeypatch):
         t = {f'model.{n}.weight': randn(*s, seed=3) for n, s in (('layers.0.self_attn.q_proj', (12, 12)), ('layers.0.mlp.up_proj', (30, 12)), ('embed_tokens', (60, 12)))}
         save_file({n: (W + noise*randn(*W.shape, seed=8)).float() for n, W in (t | {'lm_head.weight': randn(50, 12, seed=4)}).items()}, tmp_path/f'{f}.safetensors')
     run = lambda out: compare(tmp_path/'a.safetensors', tmp_path/'b.safetensors', tmp_path/out, ks=[3], draws=2)
-    want, where, ends, real, align = run('cpu'), {}, [], spectra.measure, spectra.end_alignment
-    monkeypatch.setattr(spectra, 'gpus', lambda: CARDS[24])
-    monkeypatch.setattr(spectra, 'own_device', lambda: 'cuda:0')
-    monkeypatch.setattr(spectra, 'SHORT', 300)
-    monkeypatch.setattr(spectra, 'measure', lambda W, W0, *a: (where.update({tuple(W.shape): (W.is_cuda, W0.is_cuda)}), real(W, W0, *a))[1])
-    monkeypatch.setattr(spectra, 'end_alignment', lambda *Ws: (ends.append([W.is_cuda for W in Ws]), align(*Ws))[1])
+    want, where, ends, real, align = run('cpu'), {}, [], comparison.measure, comparison.end_alignment
+    monkeypatch.setattr(comparison, 'gpus', lambda: CARDS[24])
+    monkeypatch.setattr(comparison, 'own_device', lambda: 'cuda:0')
+    monkeypatch.setattr(comparison, 'SHORT', 300)
+    monkeypatch.setattr(comparison, 'measure', lambda W, W0, *a: (where.update({tuple(W.shape): (W.is_cuda, W0.is_cuda)}), real(W, W0, *a))[1])
+    monkeypatch.setattr(comparison, 'end_alignment', lambda *Ws: (ends.append([W.is_cuda for W in Ws]), align(*Ws))[1])
     with GPU(): got = run('gpu')
     assert where == {(12, 12): (False, False), (30, 12): (True, True), (60, 12): (True, True), (50, 12): (True, True)} and ends == [[True]*2]*2
     assert list(got['matrices']) == list(want['matrices']) and got['matrices']['layers.0.q'] == want['matrices']['layers.0.q']
     near(got['ends'], want['ends'])
     for n, r in want['matrices'].items(): near(got['matrices'][n]['sides'], r['sides']); near(got['matrices'][n]['split'], r['split'])
-    monkeypatch.setattr(spectra, 'NARROW', 12)
+    monkeypatch.setattr(comparison, 'NARROW', 12)
     where.clear()
     with GPU(): run('all')
     assert where == {s: (True, True) for s in ((12, 12), (30, 12), (60, 12), (50, 12))}

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from rlsft_nb import spectra, theory as T
+from rlsft_nb import chance, comparison, theory as T
 from rlsft_nb.core import Stage, load_params, run_stage, verdict_table
 from rlsft_nb.weights import Checkpoint
 from pretend import GPU
@@ -263,14 +263,14 @@ def test_a_gpu_judges_the_same(heads, planes, monkeypatch):
     with GPU() as gpu: got = run('cuda:0')
     assert {'linalg_eigh', 'linalg_qr', 'randn'} <= gpu.ran
     other = run('cpu')
-    monkeypatch.setattr(spectra, '_source', same_draws)
+    monkeypatch.setattr(chance, '_source', same_draws)
     want = run('cpu')
     near(got, want)
     assert got['chance'] == pytest.approx(want['chance']) and got['chance'] != pytest.approx(other['chance'])
 
 def test_singular_values_of_an_update_are_found_once(monkeypatch):
     seen, real = [], T.singular_values
-    for m in (T, spectra): monkeypatch.setattr(m, 'singular_values', lambda X: (seen.append(tuple(X.shape)), real(X))[1])
+    for m in (T, comparison): monkeypatch.setattr(m, 'singular_values', lambda X: (seen.append(tuple(X.shape)), real(X))[1])
     before = normal(0, 6, 5), normal(1, 4, 6)
     T.judge(before, [W + .01 for W in before], draws=7)
     assert seen == [(6, 5), (4, 6)]
@@ -286,9 +286,9 @@ def test_large_chains_go_to_a_gpu(pico, tmp_path, monkeypatch):
     a, b = Checkpoint(pico['qwen2']), Checkpoint(tmp_path/'b')
     run = lambda: [T.measure_chain('x', a, b, l, k, 2, 0) for l, k in T.chains(a, b, 48)]
     want, where, real = run(), [], T.judge
-    monkeypatch.setattr(spectra, 'gpus', lambda: [('one', 24.)])
-    monkeypatch.setattr(spectra, 'own_device', lambda: 'cuda:0')
-    monkeypatch.setattr(spectra, 'NARROW', 48)
+    monkeypatch.setattr(comparison, 'gpus', lambda: [('one', 24.)])
+    monkeypatch.setattr(comparison, 'own_device', lambda: 'cuda:0')
+    monkeypatch.setattr(comparison, 'NARROW', 48)
     monkeypatch.setattr(T, 'judge', lambda before, after, *how: (where.append({W.is_cuda for W in (*before, *after)}), real(before, after, *how))[1])
     with GPU(): got = run()
     assert where == [{False}, {False}, {True}]*2
