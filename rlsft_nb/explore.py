@@ -16,7 +16,9 @@ from .core import ParamError, Stage, _near, run_stage
 from .models import clusters, score
 from .plan import _with
 from .edits import MODES
-from .restore import LOOK, _legend, _lines, _points, _rates, contests
+from .recovery import contests
+from .restoration import first_rates
+from .restoration_figures import LOOK, cell_points, reference_lines, shared_legend
 from .workbench import score_cell, workbench
 from .sft import curve_stage
 from .comparison import measure, open_weights
@@ -82,9 +84,9 @@ def record(self:Explorer) -> dict: # hands; target and reference: rates; tries: 
     "All that was tried, for JSON."
     whole = self.got['target']['edit']['distance']
     tests = contests(self.got, [(c, a, b) for a, b in self.tries for c in ('OOD', 'ID')], self.groups)
-    side = lambda n: dict(name=n, mode=self.got[n]['mode'], moved=self.got[n]['edit']['size']/whole if whole else 0.) | _rates(self.got[n])
+    side = lambda n: dict(name=n, mode=self.got[n]['mode'], moved=self.got[n]['edit']['size']/whole if whole else 0.) | first_rates(self.got[n])
     paired = lambda i: {t['accuracy']: {k: t[k] for k in ('gain', 'p', 'holm')} for t in tests[2*i:2*i + 2]}
-    return dict(hands=self.cfg.eval.hands, target=_rates(self.got['target']), reference=_rates(self.got['reference']),
+    return dict(hands=self.cfg.eval.hands, target=first_rates(self.got['target']), reference=first_rates(self.got['reference']),
                 tries=[dict(edit=side(a), beside=side(b)) | paired(i) for i, (a, b) in enumerate(self.tries)])
 
 # %% ../nbs/08_explore.ipynb #246b39a7
@@ -111,15 +113,15 @@ def fig_tries(record:dict, # of `Explorer.record`
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     far = max([1., *(t[side]['moved'] for t in record['tries'] for side in ('edit', 'beside'))])
     for ax, c in zip(axes, ('OOD', 'ID')):
-        _lines(ax, record, c)
+        reference_lines(ax, record, c)
         for i, t in enumerate(record['tries'], 1):
             a, b = t['edit'], t['beside']
             ax.plot([100*x['moved'] for x in (a, b)], [100*x[c]['rate'] for x in (a, b)], color='.8', lw=.8, zorder=0)
-            for x in (a, b): _points(ax, [100*x['moved']], [x], c, x['mode'], ls='')
+            for x in (a, b): cell_points(ax, [100*x['moved']], [x], c, x['mode'], ls='')
             ax.annotate(f' {i}', (100*a['moved'], 100*a[c]['rate']), fontsize=8)
         ax.set(xlim=(0, 110*far), xlabel='distance moved, % of the way to the reference', ylabel=f"{c} accuracy, % (n = {record['hands']}, validation hands)")
     fig.suptitle(title)
-    _legend(fig)
+    shared_legend(fig)
     return fig
 
 # %% ../nbs/08_explore.ipynb #931d7acf
