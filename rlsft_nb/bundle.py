@@ -175,7 +175,7 @@ def pack(cfg,                   # of the model
          python:str='', platform:str='' # of the target, as pip names them
     ) -> dict:                  # bundle.json
     "Writes a bundle."
-    out, packages = Path(out), [cfg.model.path, 'gguf'] if cfg.model.source == 'gguf' else []
+    code, out, packages = code_files(), Path(out), [cfg.model.path, 'gguf'] if cfg.model.source == 'gguf' else []
     if out.exists() and any(out.iterdir()): raise BundleError(f'{out} is not empty; name a new folder')
     with tempfile.TemporaryDirectory() as d:
         here = Path(wheels or Path(d)/'wheels')
@@ -185,7 +185,7 @@ def pack(cfg,                   # of the model
         parts = Parts(make_dir(out), part_mib*2**20)
         with tarfile.open(fileobj=parts, mode='w|', bufsize=2**20) as tar:
             _text(tar, 'install.sh', _install(cfg, packages, overrides), 0o755)
-            for p in code_files(): tar.add(ROOT/p, f'code/{p}')
+            for p in code: tar.add(ROOT/p, f'code/{p}')
             for w in chosen: tar.add(here/w, f'wheels/{w}')
             if weights: tar.add(weights, place)
         parts.cut()

@@ -227,7 +227,7 @@ def sha256_file(path) -> str: # 64 hex digits
     return h.hexdigest()
 
 # %% ../nbs/core.ipynb #8d585d99
-LIBRARIES = ('accelerate', 'datasets', 'numpy', 'papermill', 'safetensors', 'scipy', 'torch', 'transformers', 'trl')
+LIBRARIES = ('accelerate', 'datasets', 'numpy', 'papermill', 'rlsft_nb', 'safetensors', 'scipy', 'torch', 'transformers', 'trl')
 
 def _git(*args) -> str:
     "Output of a git command in the repository; empty where there is no git, or no repository of ours."
