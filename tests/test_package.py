@@ -151,11 +151,13 @@ def test_rooms_need_only_what_is_required():
     assert {'jupyterlab', 'nbdev', 'papermill', 'trl', 'accelerate', 'datasets', 'ipywidgets', 'IPython'} <= {*barred}
     r = call([sys.executable, '-c', textwrap.dedent(f'''
         import importlib, sys
+        from importlib.machinery import PathFinder
         barred = {{*{barred!r}, 'matplotlib'}} # drawn with, but only on demand
-        class Bar:
-            def find_spec(self, name, path=None, target=None):
-                if name.split('.')[0] in barred: raise ModuleNotFoundError(f'{{name}} is not in the small installation', name=name)
-        sys.meta_path.insert(0, Bar())
+        class Installed(PathFinder):
+            "What is barred is not there."
+            @classmethod
+            def find_spec(cls, name, path=None, target=None): return None if name.split('.')[0] in barred else PathFinder.find_spec(name, path, target)
+        sys.meta_path[:] = [Installed if f is PathFinder else f for f in sys.meta_path]
         for room in {LIGHT!r}:
             try: importlib.import_module(f'rlsft_nb.{{room}}')
             except ModuleNotFoundError as e: print(room, e)''')], ROOT, PYTHONPATH=str(ROOT))
