@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'INSTALLED', 'ROOT', 'TYPES', 'LIBRARIES', 'VECTOR', 'FORMAT', 'COLUMNS', 'params_dir', 'runs_root',
            'figures_dir', 'Problem', 'ParamError', 'StageMissing', 'StageBusy', 'DiskError', 'repository', 'near',
-           'check_value', 'read_annotations', 'check_params', 'models', 'load_params', 'show_params', 'shipped',
-           'make_dir', 'atomic_write', 'to_json', 'write_json', 'read_json', 'sha256_file', 'gpus', 'own_device',
-           'empty_cache', 'peak_mib', 'cpu', 'provenance', 'Stage', 'missing_device', 'run_stage', 'save_figure',
-           'save_record', 'wilson', 'mcnemar', 'mean_spread', 'cluster_interval', 'Markdown', 'verdict_table',
-           'progress', 'threads', 'named_function', 'map_items']
+           'check_value', 'read_annotations', 'check_params', 'models', 'load_params', 'show_params', 'shipped_names',
+           'shipped', 'make_dir', 'atomic_write', 'to_json', 'write_json', 'read_json', 'sha256_file', 'gpus',
+           'own_device', 'empty_cache', 'peak_mib', 'cpu', 'provenance', 'Stage', 'missing_device', 'run_stage',
+           'save_figure', 'save_record', 'wilson', 'mcnemar', 'mean_spread', 'cluster_interval', 'Markdown',
+           'verdict_table', 'progress', 'threads', 'named_function', 'map_items']
 
 # %% ../nbs/core.ipynb #ca566423
 import ast, difflib, fcntl, gc, hashlib, importlib, importlib.metadata, io, json, math, os, platform, resource, signal, statistics, subprocess, sys, time
@@ -164,12 +164,18 @@ def show_params(cfg # from `load_params`
     print(yaml.safe_dump(_plain(cfg), sort_keys=False, default_flow_style=None, width=150, allow_unicode=True).rstrip())
 
 # %% ../nbs/core.ipynb #5066c468
-def shipped(name:str) -> Path: # such as 'tiny', or one of its checkpoints, such as 'tiny:peak'
-    "The folder of a checkpoint that the package carries."
+def _shipped() -> dict: # name -> folder
     data = PACKAGE/'data'
-    known = {':'.join(p.parent.relative_to(data).parts): p.parent for p in sorted(data.rglob('config.json'))}
-    if name not in known: raise ParamError(f"checkpoint={name!r} is not in the package, which has: {', '.join(known)}")
-    return known[name]
+    return {':'.join(p.parent.relative_to(data).parts): p.parent for p in sorted(data.rglob('config.json'))}
+
+def shipped_names() -> list: # sorted
+    "The checkpoints that the package carries."
+    return sorted(_shipped())
+
+def shipped(name:str) -> Path: # one of `shipped_names`: 'tiny', or one of its checkpoints, such as 'tiny:peak'
+    "The folder of a checkpoint that the package carries."
+    if name not in _shipped(): raise ParamError(f"checkpoint={name!r} is not in the package, which has: {', '.join(shipped_names())}")
+    return _shipped()[name]
 
 # %% ../nbs/core.ipynb #6ed5cc2f
 def make_dir(path) -> Path:
