@@ -201,7 +201,7 @@ HAND = ['--cards', '3 3 8 8']
     (['game', 'slove', '1'], "rlsft game: argument COMMAND: 'slove' is not known; did you mean 'solve'?"),
     (['game', 'solve', '3', '--tarjet', '3'], "rlsft game: '--tarjet' is not known; did you mean '--target'?"),
     (['game', 'solve', '3', '--target', 'x'], "rlsft game solve: argument --target: invalid int value: 'x'"),
-    (['game', 'solve', '0', '3'], 'ParamError: numbers=[0, 3]: expected'),
+    (['game', 'solve', '0', '3'], 'ParamError: numbers='),
     (['game', 'solve', 'A', 'Z'], "ParamError: cards=['A', 'Z']: 'Z' is no rank"),
     (['game', 'verify', '1+1'], 'rlsft game verify: the following arguments are required: --cards'),
     (['game', 'verify', '1+1', *HAND, '--rule', 'x'], "ParamError: rule='x': expected"),
@@ -257,13 +257,15 @@ def test_every_command_module_has_help(capsys):
         assert e.value.code == 0 and out.startswith(f'usage: python -m rlsft_nb.{room}') and len(out.splitlines()) > 4, out
 
 @pytest.mark.parametrize('words, code, text', [
-    (['solve', '3', '3', '8', '8'], 0, '8/(3-8/3)\n'), (['solve', 'A', '3', 'K', '10', '--rule', '10'], 0, '10+10+3+1\n'), (['solve', '2', '3', '--target', '6'], 0, '2*3\n'),
+    (['solve', '3', '3', '8', '8'], 0, '8/(3-8/3)\n'), (['solve', 'A', '3', 'K', '10', '--rule', '10'], 0, '10+10+3+1\n'), (['solve', '2', '3', '--target', '6'], 0, '3*2\n'),
     (['verify', '8/(3-8/3)', *HAND], 0, 'correct, reward 5\n'), (['verify', '8/(3-8/3)=24', *HAND], 0, 'correct, reward 5\n'),
-    (['verify', '{"formula": "8/(3-8/3)=24"}', *HAND], 0, 'correct, reward 5\n'), (['verify', '3*8', '--cards', '3,8', '--target', '25'], 1, 'wrong_value, reward -1: the formula equals 24, not 25.\n'),
-    (['verify', 'K-1', '--cards', 'K A'], 1, 'illegal, reward -3: the formula has illegal characters.\n'), (['verify', '13+11', '--cards', 'K J', '--rule', '11-12-13'], 0, 'correct, reward 5\n')])
+    (['verify', '{"formula": "8/(3-8/3)=24"}', *HAND], 0, 'correct, reward 5\n'), (['verify', '13+11', '--cards', 'K J', '--rule', '11-12-13'], 0, 'correct, reward 5\n'),
+    (['verify', '3*8', '--cards', '3,8', '--target', '25'], 1, 'wrong_value, reward -1: '), (['verify', 'three', '--cards', '3 8'], 1, 'illegal, reward -3: ')])
 def test_game(words, code, text, capsys):
     from rlsft_nb.cli import main
-    assert main(['game', *words]) == code and capsys.readouterr().out == text
+    assert main(['game', *words]) == code
+    out, err = capsys.readouterr()
+    assert out.startswith(text) and out.count('\n') == 1 and err == ''
     assert main(['game', *words, '--quiet']) == code and capsys.readouterr() == ('', '')
     assert main(['game', *words, '--json']) == code and json.loads(capsys.readouterr().out)
 
