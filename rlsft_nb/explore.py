@@ -12,7 +12,7 @@ import html, io
 import ipywidgets as widgets
 from fastcore.basics import patch
 
-from .core import ParamError, Stage, _near, run_stage
+from .core import ParamError, Stage, near, run_stage
 from .models import clusters, score
 from .plan import _with
 from .edits import MODES
@@ -33,7 +33,7 @@ def checkpoints(cfg, seed:int,
     ) -> tuple:                           # two folders; the model's name for base
     "Two checkpoints of a model's own pipeline, made if need be."
     for which, name in (('target', target), ('reference', reference)):
-        if name not in NAMES: raise ParamError(f'{which}={name!r}; {_near(name, NAMES)}')
+        if name not in NAMES: raise ParamError(f'{which}={name!r}; {near(name, NAMES)}')
     if target == reference: raise ParamError(f'target={target!r} is the reference too: expected two checkpoints')
     at = (ppo if 'rl' in (target, reference) else sft).named(cfg, seed)
     return at[target], at[reference]
@@ -132,7 +132,7 @@ def spectrum(self:Explorer, matrix:str,          # canonical name, such as layer
     ) -> dict:                                   # label -> what `fig_pair` draws
     "One matrix after an edit, between target and reference."
     bench = workbench(self.target, self.reference, self.cfg)
-    if matrix not in bench.pairs.here: raise ParamError(f'matrix={matrix!r}; {_near(matrix, bench.pairs.here)}')
+    if matrix not in bench.pairs.here: raise ParamError(f'matrix={matrix!r}; {near(matrix, bench.pairs.here)}')
     W, p = bench.tensor(matrix, mode, ranks, 'top', self.seed)[0], bench.pairs[matrix]
     found = {'reference, from the target': (p.W0, p.W), 'edit, from the target': (W, p.W), 'edit, from the reference': (W, p.W0)}
     return {n: dict(matrices={matrix: measure(A, B, draws=draws)}) for n, (A, B) in found.items()}
