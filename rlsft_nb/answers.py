@@ -27,14 +27,13 @@ def answer(cards:list, rule, formula:str, target:int=24) -> str: # JSON text
     "The answer text that SFT teaches, for a `formula` that equals `target`."
     return json.dumps(dict(cards=list(cards), number=values(cards, rule), formula=f"{formula}={whole(target, 'target')}"))
 
-# %% ../nbs/answers.ipynb #94760587
+# %% ../nbs/answers.ipynb #7a4ab442
 _DRAFT = re.compile(r'<\|?(/|end_(?:of_)?)?(?:(?:begin|start)_(?:of_)?)?(?:\w+:)?'
                     r'(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|draft|analysis)\b[^<>]*>|\[(/)?THINK\]', re.I)
 
 def after_drafts(text:str # what a model said
     ) -> str:             # what it means as its answer; '' inside a draft that was left open
     "What follows the last draft tag that closes, whatever its name and case."
-    if '<' not in text and 'THINK]' not in text: return text
     last = None
     for last in _DRAFT.finditer(text): pass
     if last is None: return text
@@ -67,29 +66,29 @@ def _find_number(text):
     except ValueError: return None
 
 # %% ../nbs/answers.ipynb #1fbe71a9
-_decode = json.JSONDecoder().raw_decode
+_scan = json.JSONDecoder().scan_once
 _COMMA = re.compile(r',\s*([}\]])')
-_EDGE = ' \t\r\n\f\v\xa0\u3000\ufeff\u200b\u200c\u200d\u2060' # blanks, and what has no width
+_EDGE = '\ufeff\u200b\u200c\u200d\u2060' # what has no width
 
 def _drop_comma(text): return _COMMA.sub(r'\1', text)
 
 def _json(text):
-    if text[:1] != '{' or len(text) > MAX_JSON: return None
-    for change in (str, _drop_comma):
-        try: d, end = _decode(t := change(text))
-        except (ValueError, RecursionError): continue
-        if end == len(t): return d
+    try: d, end = _scan(text, 0)
+    except (ValueError, StopIteration, RecursionError): return None
+    return d if end == len(text) else None
 
 def read_answer(text:str # whatever a model said
     ) -> tuple:          # (formula or None, list under "number" or None, whether the text is the JSON object asked for)
     "The parts of an answer that are judged."
-    text = after_drafts(text).strip(_EDGE)
-    d = _json(text) if text.count('"formula"') == 1 else None
-    f = d.get('formula') if isinstance(d, dict) else None
-    if not isinstance(f, str): return _find_formula(text), _find_number(text), False
-    if f.startswith(TEMPLATE): return None, None, False
-    n = d.get('number') if isinstance(d.get('number'), list) else None
-    return f, n, n is not None and isinstance(d.get('cards'), list)
+    if '<' in text or 'THINK]' in text: text = after_drafts(text)
+    text = text.strip()
+    if text[:1] != '{': text = text.strip(_EDGE).strip()
+    keys = text.count('"formula"')
+    if keys == 1 and text[:1] == '{' and len(text) <= MAX_JSON and (d := _json(text) or _json(_drop_comma(text))):
+        f, n = d.get('formula'), d.get('number')
+        if isinstance(f, str) and f[:12] != TEMPLATE:
+            return (f, n, isinstance(d.get('cards'), list)) if isinstance(n, list) else (f, None, False)
+    return _find_formula(text) if keys else None, _find_number(text) if '"number"' in text else None, False
 
 # %% ../nbs/answers.ipynb #4d9db873
 OUTCOMES = ('correct', 'wrong_value', 'wrong_numbers', 'illegal', 'no_formula')

@@ -6,10 +6,11 @@
 __all__ = ['RANKS', 'FACES', 'ZERO', 'MAX_FORMULA', 'MAX_DEPTH', 'whole', 'face_values', 'values', 'solve', 'solvable', 'forget',
            'evaluate']
 
-# %% ../nbs/solver.ipynb #182355fe
+# %% ../nbs/solver.ipynb #e496ad97
 import math, re
 from fractions import Fraction
 from functools import lru_cache
+from operator import itemgetter
 
 # %% ../nbs/solver.ipynb #9688c6cb
 RANKS = ['A', *map(str, range(2, 11)), 'J', 'Q', 'K']
@@ -51,28 +52,26 @@ def values(cards:list,  # ranks such as ['A', '3', 'K', '10']
     return [1 if c == 'A' else face[c] if c in face else int(c) for c in cards]
 
 # %% ../nbs/solver.ipynb #3f8e408a
+_order = itemgetter(4)
+
 def _ratio(n, d):
     g = math.gcd(n, d)
     return (n//g, d//g) if d > 0 else (-n//g, -d//g)
 
-def _text(kind, e): # a term of `kind`, in parentheses where the grammar needs them
-    return f'({e[0]})' if e[1] == '+' or (kind == '/' and e[1] == '*') else e[0]
-
-def _order(e): return (e[1] == 'n', -e[2][0] if e[1] == 'n' else 0, e[0])
+def _number(n): return (str(n), 'n', (n,), (), (True, -n, ''), str(n)) # text, kind, terms up and down, order, text as a factor
 
 def _join(kind, up, down):
     up, down = sorted(up, key=_order), sorted(down, key=_order)
-    if kind == '+': text = '+'.join(t[0] for t in up) + ''.join('-' + _text('+', t) for t in down)
-    else: text = '*'.join(_text('*', t) for t in up) + ''.join('/' + _text('/', t) for t in down)
-    return (text, kind, tuple(up), tuple(down))
+    if kind == '+': text = '+'.join([t[0] for t in up]) + ''.join(['-' + t[0] for t in down])
+    else: text = '*'.join([t[5] for t in up]) + ''.join(['/' + t[5] for t in down])
+    return (text, kind, up, down, (False, 0, text), f'({text})' if kind == '+' else text)
 
 # %% ../nbs/solver.ipynb #54ebf86b
 def _combine(kind, inverse, a, b):
     "The expression a+b, a-b (kind '+') or a*b, a/b (kind '*'), flattened."
-    up, down = (list(a[2]), list(a[3])) if a[1] == kind else ([a], [])
-    u, d = (b[2], b[3]) if b[1] == kind else ((b,), ())
-    if inverse: u, d = d, u
-    return _join(kind, up + list(u), down + list(d))
+    up, down = (a[2], a[3]) if a[1] == kind else ([a], [])
+    u, d = (b[2], b[3]) if b[1] == kind else ([b], [])
+    return _join(kind, up + (d if inverse else u), down + (u if inverse else d))
 
 @lru_cache(maxsize=2**12)
 def _splits(numbers):
@@ -92,16 +91,18 @@ def _steps(a, b):
     if p: out.append((_ratio(r*q, s*p), '*', True, True))
     return out
 
-def _made(kind, inverse, swap, ea, eb): return {_combine(kind, inverse, *((b, a) if swap else (a, b))) for a in ea for b in eb}
+def _made(kind, inverse, swap, ea, eb): # {text: expression}, as the tables hold them
+    made = [_combine(kind, inverse, *((b, a) if swap else (a, b))) for a in ea.values() for b in eb.values()]
+    return {e[0]: e for e in made}
 
 @lru_cache(maxsize=2**11)
-def _table(numbers): # one to three numbers, sorted -> {value (n, d): set of expressions}
-    if len(numbers) == 1: return {(numbers[0], 1): {(str(numbers[0]), 'n', (numbers[0],), ())}}
+def _table(numbers): # one to three numbers, sorted -> {value (n, d): {text: expression}}
+    if len(numbers) == 1: return {(numbers[0], 1): {str(numbers[0]): _number(numbers[0])}}
     out = {}
     for left, right in _splits(numbers):
         for va, ea in _table(left).items():
             for vb, eb in _table(right).items():
-                for v, *how in _steps(va, vb): out.setdefault(v, set()).update(_made(*how, ea, eb))
+                for v, *how in _steps(va, vb): out.setdefault(v, {}).update(_made(*how, ea, eb))
     return out
 
 @lru_cache(maxsize=2**8)
@@ -124,18 +125,18 @@ def _meets(left, right, target): # (value of left, value of right, kind, inverse
         for step in _partners(va, target): yield va, *step
         if va == target == ZERO: yield from ((va, vb, '*', inv, False) for vb in _reach(right) for inv in (False, True) if vb != ZERO or not inv)
 
-# %% ../nbs/solver.ipynb #74ff4e85
+# %% ../nbs/solver.ipynb #0704eda4
 @lru_cache(maxsize=2**10)
-def _found(numbers, target): # expressions worth `target`
-    if len(numbers) < 4: return _table(numbers).get(target, set())
-    out = set()
+def _found(numbers, target): # {text: expression} worth `target`
+    if len(numbers) < 4: return _table(numbers).get(target, {})
+    out = {}
     for left, right in _splits(numbers):
         for va, vb, *how in _meets(left, right, target):
             if len(right) > 4 or vb in _reach(right): out |= _made(*how, _table(left)[va], _found(right, vb))
     return out
 
 @lru_cache(maxsize=2**11)
-def _solve(numbers, target): return tuple(sorted((e[0] for e in _found(numbers, (target, 1))), key=lambda t: (len(t), t)))
+def _solve(numbers, target): return tuple(sorted(_found(numbers, (target, 1)), key=lambda t: (len(t), t)))
 
 def _hits(numbers, target):
     if len(numbers) < 4: return target in _table(numbers)
