@@ -195,7 +195,7 @@ def changed(rng, text, letters, most=3) -> str:
 DRESSES = (lambda a, d: a, lambda a, d: f'```json\n{a}\n```', lambda a, d: f'I think {a}.', lambda a, d: f'{{"answer": {a}}}', lambda a, d: f'<think>{d}</think>\n{a}',
            lambda a, d: f'{d}\n{a}', lambda a, d: a[:-1] + ',}', lambda a, d: f'[{a}]', lambda a, d: '\ufeff' + a, lambda a, d: a + ' '*5000)
 
-# %% ../nbs/bench.ipynb #b60e0556
+# %% ../nbs/bench.ipynb #46017801
 def tried(generated:int, mutated:int, seed:int=0) -> dict: # exceptions, disagreements, outcomes of the generated, and the first example of either fault
     "Random answers, dressed or with characters changed, beside the second opinion."
     rng, out = random.Random(seed), dict(exceptions=0, disagreements=0, outcomes={o: 0 for o in game.OUTCOMES}, example=None)
@@ -203,7 +203,7 @@ def tried(generated:int, mutated:int, seed:int=0) -> dict: # exceptions, disagre
         rule, target = rng.choice(game.RULES), rng.choice((24, 24, 24, rng.randint(1, 40)))
         h = [rng.choice(game.RANKS) for _ in range(rng.choice((4, 4, 4, 3, 2, 6)))]
         vals = game.values(h, rule)
-        solved = rng.choice(game.solve(vals, target)) if rng.random() < .1 and len(h) < 6 and game.solvable(vals, target) else None
+        solved = rng.choice(game.solve(vals, target)) if len(h) < 5 and rng.random() < .05 and game.solvable(vals, target) else None
         f, d = ((solved or random_formula(rng, vals)) + rng.choice(('', '=24', '=7')), random_formula(rng, vals))
         text = rng.choice(DRESSES)(*(json.dumps(dict(cards=h, number=vals, formula=x), ensure_ascii=rng.random() < .5) for x in (f, d)))
         if i >= generated: text = changed(rng, text, '{}[]",:\\formula0123456789+-*/()=<>think \n', 8)

@@ -85,7 +85,7 @@ def verify(answer:str,      # a model's text, any string
     "Judges an answer exactly; never raises, whatever the text."
     if not isinstance(answer, str): raise TypeError(f'answer: expected a string, got {type(answer).__name__}')
     if isinstance(cards, str): raise ValueError(f'cards={cards!r}: expected a list of ranks')
-    if type(target) is not int: target = whole(target, 'target')
+    if type(target) is not int or target < 1: target = whole(target, 'target')
     judge = _judge_short if len(answer) <= 512 else _judge
     return judge(answer, tuple(cards), rule if isinstance(rule, str) else face_values(rule), target, feedback)
 
@@ -94,7 +94,7 @@ def feedback_turn(verdict:Verdict) -> dict: # chat message
     if verdict.correct: raise ValueError('verdict: a correct answer has no feedback turn')
     return dict(role='user', content=RETRY.format(reason=verdict.feedback))
 
-# %% ../nbs/00_game.ipynb #8e7fc316
+# %% ../nbs/00_game.ipynb #db6440e8
 def _check_hand(cards, rule, target, attempts):
     if not isinstance(attempts, int) or attempts < 1: raise ValueError(f'attempts={attempts!r}: expected a positive integer')
     vals = values(cards, rule)
@@ -134,12 +134,12 @@ def draw_hand(cards:list,       # ranks
         for k in kids: ax.plot([x, nodes[k][1]], [y, nodes[k][2]], color='#999999', lw=2, zorder=1)
         known = bool(kids) or value in left and not left.remove(value)
         ax.text(x, y, label, ha='center', va='center', fontsize=20, color=OKABE['step' if kids else 'card' if known else 'bad'], bbox=dict(boxstyle='circle', fc='white', ec='#999999'))
-        if kids: ax.text(x + .28, y + .12, f'= {value}' if value is not None else '÷ 0', fontsize=15, color=OKABE['step'], va='bottom')
+        if kids: ax.text(x + .3, y + .14, f'= {value}' if value is not None else '÷ 0', fontsize=15, color=OKABE['step'], va='bottom')
     top, width = max((n[2] for n in nodes), default=0) + 1.2, max(len(cards), 1 + max((n[1] for n in nodes), default=0))
     for i, (c, w) in enumerate(zip(cards, vals)):
         x = (i + .5)*width/len(cards) - .5
-        ax.text(x, top, c, ha='center', va='center', fontsize=24, color=OKABE['card'], bbox=dict(boxstyle='round,pad=.5', fc='white', ec=OKABE['card'], lw=2))
-        ax.text(x, top - .52, f'counts {w}' if c in 'AJQK' else '', ha='center', va='top', fontsize=13, color=OKABE['card'])
+        ax.text(x, top, c, ha='center', va='center', fontsize=24 if len(cards) < 5 else 18, color=OKABE['card'], bbox=dict(boxstyle='round,pad=.5', fc='white', ec=OKABE['card'], lw=2))
+        ax.text(x, top - .52, f'= {w}' if c in 'AJQK' else '', ha='center', va='top', fontsize=13, color=OKABE['card'])
     reason = 'correct' if v.correct else v.feedback
     ax.set(xlim=(-.8, width), ylim=(-.5, top + .7))
     ax.set_title(textwrap.fill(f'{v.reward:+.0f}: {reason}', 44), color=colour, fontsize=16)
@@ -256,7 +256,9 @@ def _as_hand(hand, rule, target): # cards, rule, target; those that a dict bring
     if t is None or not isinstance(targets_of(t), int): raise ValueError(f'hand={hand!r}: it brings no target, and target={t!r} is not one number')
     return list(h['cards']), h.get('rule', rule), whole(t, 'target')
 
-def _rule_text(rule): return rule if isinstance(rule, str) else '-'.join(map(str, face_values(rule)))
+def _rule_text(rule):
+    v = '-'.join(map(str, face_values(rule)))
+    return rule if isinstance(rule, str) else v
 
 CHARSET = string.printable + '×÷−'
 ENV_ID = 'rlsft_nb/GeneralPoints-v0'
@@ -264,7 +266,7 @@ ENV_ID = 'rlsft_nb/GeneralPoints-v0'
 # %% ../nbs/00_game.ipynb #78c42e87
 class GeneralPoints(gym.Env):
     "One hand, several attempts: an observation is a user turn, an action is an answer."
-    metadata = dict(render_modes=['ansi'])
+    metadata = dict(render_modes=['ansi'], render_fps=1)
     def __init__(self, rule='10',         # see `face_values`; `reset` can set another
                  target=24,               # positive integer; several, or None for `ANY`, where it is drawn for each hand
                  attempts:int=5,          # at least 1

@@ -26,17 +26,23 @@ def whole(x, name:str,    # any object; what it is, for the message
     except (TypeError, ValueError, OverflowError): pass
     raise ValueError(f'{name}={x!r}: expected a positive whole number')
 
-# %% ../nbs/solver.ipynb #6e137dbb
-def face_values(rule # '10', '11-12-13', any 'j-q-k', or a triple of positive integers
-    ) -> tuple:      # (3,) int, what J, Q and K count
-    "The values of J, Q and K under `rule`."
-    if hasattr(rule, 'tolist'): rule = rule.tolist()
-    parts = rule.split('-') if isinstance(rule, str) else rule if isinstance(rule, (tuple, list)) else [rule]
+# %% ../nbs/solver.ipynb #e0ecd270
+@lru_cache(maxsize=2**8)
+def _faces(text): return _triple(text.split('-'), text)
+
+def _triple(parts, rule):
     try: v = tuple(whole(p, 'rule') for p in parts)
     except ValueError: v = ()
     v = v*3 if len(v) == 1 else v
     if len(v) != 3: raise ValueError(f"rule={rule!r}: expected '10', '11-12-13' or three positive integers for J, Q, K")
     return v
+
+def face_values(rule # '10', '11-12-13', any 'j-q-k', or a triple of positive integers
+    ) -> tuple:      # (3,) int, what J, Q and K count
+    "The values of J, Q and K under `rule`."
+    if isinstance(rule, str): return _faces(rule)
+    parts = rule.tolist() if hasattr(rule, 'tolist') else rule
+    return _triple(parts if isinstance(parts, (tuple, list)) else [parts], rule)
 
 # %% ../nbs/solver.ipynb #88f46809
 _RANK = re.compile('[2-9]|[1-9][0-9]{1,2}|[AJQK]')
