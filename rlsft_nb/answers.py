@@ -27,9 +27,10 @@ def answer(cards:list, rule, formula:str, target:int=24) -> str: # JSON text
     "The answer text that SFT teaches, for a `formula` that equals `target`."
     return json.dumps(dict(cards=list(cards), number=values(cards, rule), formula=f"{formula}={whole(target, 'target')}"))
 
-# %% ../nbs/answers.ipynb #7a4ab442
+# %% ../nbs/answers.ipynb #dcb11ee3
 _DRAFT = re.compile(r'<\|?(/|end_(?:of_)?)?(?:(?:begin|start)_(?:of_)?)?(?:\w+:)?'
-                    r'(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|draft|analysis)\b[^<>]*>|\[(/)?THINK\]', re.I)
+                    r'(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|draft|analysis)\b[^<>]*>|\[(/)?THINK\]'
+                    r'|<\|channel\|?>\s*(?:(final)|analysis|commentary|thought)|(<channel\|>)', re.I) # the last line: channels of GPT-OSS and Gemma
 
 def after_drafts(text:str # what a model said
     ) -> str:             # what it means as its answer; '' inside a draft that was left open
@@ -37,7 +38,7 @@ def after_drafts(text:str # what a model said
     last = None
     for last in _DRAFT.finditer(text): pass
     if last is None: return text
-    return text[last.end():] if last[1] or last[2] or last[0].endswith('/>') else ''
+    return text[last.end():] if any(last.groups()) or last[0].endswith('/>') else ''
 
 # %% ../nbs/answers.ipynb #c81271da
 MAX_JSON = 4096 # characters of JSON that are parsed, to see whether the form was kept

@@ -210,6 +210,7 @@ HINT = prompt(FOUR)[0]['content']
     'So {{"answer": {A}}}', '{{"a": [{{"b": {A}}}]}}', '```json\n{{"answer": {A}}}\n```', '<answer>{A}</answer>', '\\boxed{{{A}}}', '{A} That is 24.', '{P}{A}',
     '<think>{D}</think>{A}', '<think>\n{D}\n</think>\n\n{A}', '<THINK>{D}</THINK>{A}', '<thinking>{D}</thinking>{A}', '<Reasoning effort="high">{D}</Reasoning>{A}', '<thought>{D}</thought>{A}',
     '[THINK]{D}[/THINK]{A}', '<|begin_of_thought|>{D}<|end_of_thought|>{A}', '<|START_THINKING|>{D}<|END_THINKING|>{A}', '<seed:think>{D}</seed:think>{A}', '<think/>{A}', '<think></think>{A}',
+    '<|channel|>analysis<|message|>{D}<|end|><|start|>assistant<|channel|>final<|message|>{A}', '<|channel>thought\n{D}<channel|>{A}',
     '{D}</think>{A}', '<think>a<think>{D}</think>b</think>{A}', '<think>{D}</think>hm<think>{D}</think>{A}', '<think>{D}</think>{D}<think>x</think>{A}', '<think>{A}</think>{A}',
     '<think>{D}</think>```json\n{A}\n```', '<think>{D}</think>{{"answer": {A}}}', '<scratchpad>{D}</scratchpad>{A}', '<think>{T}</think>{A}',
     '{T}\n{A}', '{H}\n{A}', '{A}\nas in {T}', 'Form: {T}. Answer: {A}', '```json\n{T}\n```\n```json\n{A}\n```', '{D} is wrong, so {A}', '{{"draft": {D}, "answer": {A}}}', '[{D}, {A}]'])
@@ -222,7 +223,7 @@ def test_one_reader_for_every_dress(dress, answer):
 
 @pytest.mark.parametrize('text', [
     '<think>{A}', '<think>{A}</think>', '<think>{A}</think> so that is it', '<THINK>{A}', '<thinking>{A}', '<reasoning>{A}', '[THINK]{A}', '<think>{D}</think><think>{A}', '<think>{A}</think>{A}<think>',
-    '{A}<think>or?</think>', '<think><think>{A}</think>', '<think>{A}</think>{T}', '<|begin_of_thought|>{A}', '{T}', '{H}', '```json\n{T}\n```', '{A} {{"formula": null}}', '{A} {{"formula": ["6*4*(4-3)"]}}',
+    '{A}<think>or?</think>', '<think><think>{A}</think>', '<think>{A}</think>{T}', '<|begin_of_thought|>{A}', '<|channel|>analysis<|message|>{A}', '<|channel>thought\n{A}', '{T}', '{H}', '```json\n{T}\n```', '{A} {{"formula": null}}', '{A} {{"formula": ["6*4*(4-3)"]}}',
     '{A} {{"formula": "6*4*(4-', '{{"formula": "6*4*(4-3)", "formula": 24}}', '{{"formula": "6*4*(4-3)", "formula": {{}}}}', '{{"formula": ["6*4*(4-3)"]}}', "{{'formula': '6*4*(4-3)'}}",
     '{{"formulas": "6*4*(4-3)"}}', '{{"answer": "6*4*(4-3)"}}', '\\boxed{{6*4*(4-3)}}', '<answer>6*4*(4-3)</answer>', '6*4*(4-3)=24'])
 def test_no_answer_no_reward(text):
