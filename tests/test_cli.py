@@ -312,7 +312,7 @@ def test_a_missing_library_is_told_with_its_extra(monkeypatch, capsys):
     monkeypatch.setattr('importlib.metadata.requires', lambda name: asked)
     assert [extra_of(m) for m in ('trl', 'reasoning_gym', 'torch', 'nothing')] == ['train', 'reasoning-gym', '', '']
     def need(): raise ModuleNotFoundError("No module named 'trl.x'", name='trl.x')
-    assert ended(need) == 1 and capsys.readouterr().err == "No module named 'trl.x'; run: pip install 'rlsft_nb[train]'\n"
+    assert ended(need) == 1 and capsys.readouterr().err == "No module named 'trl.x'; it comes with an extra of this package: rlsft_nb[train]\n"
 
 def test_a_reader_that_leaves_and_an_interrupt(env):
     r = pipe(f'set -o pipefail; {sys.executable} -m rlsft_nb game solve 1 2 3 4 5 6 --json | true; echo ${{PIPESTATUS[0]}}', ROOT)
