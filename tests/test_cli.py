@@ -135,6 +135,7 @@ def test_runner_twice(repo):
     first = run()
     assert first.returncode == 0 and 'runs/tiny/00_toy.ipynb' in first.stdout and 'figures/tiny/toy.json' in first.stdout and 'runs/tiny/toy-' in first.stdout, first.stderr
     before = {p: sha(repo/p) for p in files(repo)}
+    assert not any(str(repo) in (repo/p).read_text() for p in before if p.endswith('.json')) # a record holds no absolute path
     second = run('--model', 'tiny', '--seed', '0')
     assert second.returncode == 0 and second.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seed 0.'
     assert {p: sha(repo/p) for p in files(repo)} == before
