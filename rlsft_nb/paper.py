@@ -412,7 +412,7 @@ def drift() -> list: # names of files that differ, empty where all is well
     with tempfile.TemporaryDirectory() as d:
         new = Path(d)/REPO.name
         shutil.copytree(REPO, new, ignore=shutil.ignore_patterns('.git', '.venv', 'runs', 'figures', '__pycache__', '.*_cache', '*.egg-info', '.hypothesis'))
-        for m in [p for p in (new/'rlsft_nb').glob('*.py') if p.name != '__init__.py']: m.unlink()
+        for m in [p for p in (new/'rlsft_nb').glob('*.py') if p.name not in ('__init__.py', '__main__.py')]: m.unlink()
         code = 'from nbdev.doclinks import nbdev_export as e; from nbdev.clean import nbdev_clean as c; e(); c(); import rlsft_nb.paper as p; p.write_readme()'
         subprocess.run([sys.executable, '-c', code], cwd=new, env=os.environ | dict(PYTHONPATH=str(new)), check=True, stdin=subprocess.DEVNULL)
         kept = [p for f in ('nbs/*.ipynb', 'rlsft_nb/*.py', 'README.md') for root in (REPO, new) for p in map(lambda q: q.relative_to(root), root.glob(f))]
