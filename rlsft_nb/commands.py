@@ -155,7 +155,7 @@ def ended(work) -> int: # exit code, see `CODES`
         return 0
     except ModuleNotFoundError as e:
         extra = extra_of((e.name or '').split('.')[0])
-        return _say(f"{e}" + (f"; run: pip install 'rlsft_nb[{extra}]'" if extra else ''), 1)
+        return _say(f'{e}' + (f'; it comes with an extra of this package: rlsft_nb[{extra}]' if extra else ''), 1)
     except ParamError as e: return _say(f'{type(e).__name__}: {e}', 2)
     except (Problem, ValueError, OSError, RuntimeError, MemoryError) as e: return _say(f'{type(e).__name__}: {e}', 1)
 

@@ -135,6 +135,7 @@ def test_runner_twice(repo):
     first = run()
     assert first.returncode == 0 and 'runs/tiny/00_toy.ipynb' in first.stdout and 'figures/tiny/toy.json' in first.stdout and 'runs/tiny/toy-' in first.stdout, first.stderr
     before = {p: sha(repo/p) for p in files(repo)}
+    assert not any(str(repo) in (repo/p).read_text() for p in before if p.endswith('.json')) # a record holds no absolute path
     second = run('--model', 'tiny', '--seed', '0')
     assert second.returncode == 0 and second.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seed 0.'
     assert {p: sha(repo/p) for p in files(repo)} == before
@@ -312,7 +313,7 @@ def test_a_missing_library_is_told_with_its_extra(monkeypatch, capsys):
     monkeypatch.setattr('importlib.metadata.requires', lambda name: asked)
     assert [extra_of(m) for m in ('trl', 'reasoning_gym', 'torch', 'nothing')] == ['train', 'reasoning-gym', '', '']
     def need(): raise ModuleNotFoundError("No module named 'trl.x'", name='trl.x')
-    assert ended(need) == 1 and capsys.readouterr().err == "No module named 'trl.x'; run: pip install 'rlsft_nb[train]'\n"
+    assert ended(need) == 1 and capsys.readouterr().err == "No module named 'trl.x'; it comes with an extra of this package: rlsft_nb[train]\n"
 
 def test_a_reader_that_leaves_and_an_interrupt(env):
     r = pipe(f'set -o pipefail; {sys.executable} -m rlsft_nb game solve 1 2 3 4 5 6 --json | true; echo ${{PIPESTATUS[0]}}', ROOT)
