@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MARK', 'LOGITS', 'AUTHORS', 'Trace', 'tail_ids', 'extend', 'rollout', 'Bank', 'windows', 'sight', 'next_logits',
            'tolerance', 'apart', 'check_bank', 'Player', 'rl_hands', 'head_of', 'head_logits', 'check_head', 'attach',
-           'collate', 'action_logp', 'gae', 'credit_turns', 'ppo_loss', 'TrainingError', 'recall', 'normalise',
-           'micro_loss', 'step', 'update', 'played', 'setup', 'accelerator', 'export', 'keep_state', 'resume',
-           'read_log', 'set_rates', 'chance', 'play_update', 'play_and_learn', 'check_ppo', 'train_ppo', 'rl_stage',
-           'score_stage', 'starts', 'sweep_item', 'sweep_stage', 'policy', 'named', 'main', 'fig_sweep', 'sweep_rows',
-           'sweep_command', 'table', 'spearman', 'verdicts']
+           'collate', 'action_logp', 'gae', 'credit_turns', 'ppo_loss', 'TrainingError', 'recall', 'precision',
+           'reread', 'normalise', 'micro_loss', 'step', 'update', 'played', 'recompute', 'setup', 'accelerator',
+           'export', 'begun', 'keep_state', 'noted', 'resume', 'read_log', 'set_rates', 'chance', 'play_update',
+           'play_and_learn', 'check_ppo', 'train_ppo', 'rl_stage', 'score_stage', 'starts', 'sweep_item', 'sweep_stage',
+           'policy', 'named', 'main', 'fig_sweep', 'sweep_rows', 'sweep_command', 'table', 'spearman', 'verdicts']
 
 # %% ../nbs/03_ppo.ipynb #74cbb36d
 import inspect, json, math, os, random, re, shutil, sys, time
@@ -37,8 +37,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .core import ParamError, Problem, Stage, _tell, atomic_write, map_items, mcnemar, read_json, run_stage, threads, write_json
 from .game import OUTCOMES, deal, feedback_turn, multisets, prompt, verify
 from .launch import freeze_idle, gathered, keep_fp32, options, resolved, run_on_many, tell
-from .models import ModelError, _until_stop, arithmetic, at_rest, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, world
-from .sft import curve_stage, decides, kept, named_stage, sft_stage
+from .models import ModelError, _until_stop, arithmetic, at_rest, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, weights_id, world
+from .sft import curve_stage, decides, kept, named_stage, same_settings, sft_stage
 from .vllm import end, engine
 from . import sft
 
@@ -163,29 +163,32 @@ def apart(ours:Tensor, own:Tensor # (rows, vocabulary) logits
     ours, own = ours.double().log_softmax(-1), own.double().log_softmax(-1)
     return ((ours - own).pow(2).mean()/own.var(-1).mean().clamp(min=1e-12)).sqrt().item()
 
+_FAILS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) # of a model that is called in a way it does not know
+
+def _named(e): return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
+
 _fits = WeakKeyDictionary() # model -> the attention that was found to work
 
 @torch.no_grad()
 def check_bank(lm):
     "Raises `ModelError` where keys and values that are kept would give other answers."
-    kind, c = type(lm).__name__, lm.config.get_text_config()
-    if _fits.get(lm) == c._attn_implementation: return
-    why = f'attention of the form {c._attn_implementation!r}, expected sdpa or eager' if c._attn_implementation not in ('sdpa', 'eager') else \
-          'layers of the kind chunked_attention' if 'chunked_attention' in windows(lm) else _misfit(lm)
-    if why: raise ModelError(f'{kind} cannot be played with keys and values that are kept: {why}')
-    _fits[lm] = c._attn_implementation
+    kind = lm.config.get_text_config()._attn_implementation
+    if _fits.get(lm) == kind: return
+    why = f'attn_implementation={kind!r}, expected sdpa or eager' if kind not in ('sdpa', 'eager') else 'layers of the kind chunked_attention' if 'chunked_attention' in windows(lm) else _misfit(lm)
+    if why: raise ModelError(f'{type(lm).__name__} cannot be played with keys and values that are kept: {why}')
+    _fits[lm] = kind
 
 def _misfit(lm): # nothing where it fits
+    if 'position_ids' not in inspect.signature(type(lm).forward).parameters: return 'its forward takes no position_ids'
     bank, t = Bank(), lambda *rows: torch.tensor(rows, device=lm.device)
     bank.widen(8)
-    if 'position_ids' not in inspect.signature(type(lm).forward).parameters: return 'its forward takes no position_ids'
     try:
         next_logits(lm, bank, t([0, 1, 2, 3, 4], [0, 0, 0, 5, 6]), t([0, 1, 2, 3, 4], [0, 0, 0, 0, 1]), t([1]*5, [0, 0, 0, 1, 1]).bool())
         ours = next_logits(lm, bank, t([5, 6], [7, 8]), t([5, 6], [2, 3]), t([1, 1], [1, 1]).bool())
         own = torch.cat([lm(input_ids=t(row)).logits[:, -1] for row in ([0, 1, 2, 3, 4, 5, 6], [5, 6, 7, 8])])
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e: return f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}'
+    except _FAILS as e: return 'it keeps a state besides them' if lm._is_stateful else _named(e)
     off = apart(ours, own)
-    return '' if off <= tolerance(own.dtype) else f'their logits are off by {off:.2g} of their spread'
+    return '' if off <= tolerance(own.dtype) else f'its logits are then off by {off:.2g} of their spread'
 
 # %% ../nbs/03_ppo.ipynb #a1acf703
 class Player:
@@ -307,9 +310,10 @@ class _WithValue:
         return dict(logp=logp, entropy=entropy, value=value)
 
 # %% ../nbs/03_ppo.ipynb #85a958a6
-def _about_logits(c): # what a config says about them
-    named = {k: v for k, v in c.get_text_config().to_dict().items() if re.search('logit|softcap|multiplier|_scal|dim_model_base', k) and v not in (None, 1., {}, [], False)}
-    return '; its config has ' + ', '.join(f'{k}={v!r}' for k, v in named.items()) if named else ''
+def _about_logits(lm): # what its config says about them
+    c = lm.config.get_text_config().to_dict()
+    named = ', '.join(f'{k}={v!r}' for k, v in c.items() if re.search('logit|softcap|multiplier|_scal|dim_model_base', k) and v not in (None, 1., {}, [], False))
+    return f'; its config has {named}' if named else ''
 
 @torch.no_grad()
 def check_head(lm) -> int: # width of the trunk's states
@@ -318,8 +322,8 @@ def check_head(lm) -> int: # width of the trunk's states
     try:
         out, own = lm.base_model(input_ids=ids, use_cache=False), lm(input_ids=ids).logits[0]
         off = apart(head_logits(lm, stock, out.last_hidden_state[0], type(out), head_of(lm)), own)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as e: raise ModelError(f'{stock.__name__}: its logits cannot be made from trunk and head ({type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}){_about_logits(lm.config)}') from e
-    if off > tolerance(own.dtype): raise ModelError(f"{stock.__name__}: its logits are not those of its head over its trunk's last states, they differ by {off:.2g} of their spread{_about_logits(lm.config)}")
+    except _FAILS as e: raise ModelError(f'{stock.__name__}: its logits cannot be made from trunk and head ({_named(e)}){_about_logits(lm)}') from e
+    if off > tolerance(own.dtype): raise ModelError(f"{stock.__name__}: its logits are not those of its head over its trunk's last states, but off by {off:.2g} of their spread{_about_logits(lm)}")
     return out.last_hidden_state.shape[-1]
 
 # %% ../nbs/03_ppo.ipynb #a07b3bb3
@@ -424,6 +428,22 @@ def recall(acc, model, traces:list, ppo, pad:int, name:str='old'):
         actions = counts if ppo.credit == 'token' else [len(t.spans) for t in part]
         for t, value in zip(part, out['value'].split(actions)): t.value = value if name == 'old' else t.value
 
+def precision(acc, model): # a torch dtype
+    "What is computed in: that of the arithmetic, or of the coarsest weights."
+    if acc.mixed_precision != 'no': return dict(fp16=torch.float16).get(acc.mixed_precision, torch.bfloat16)
+    return min((w.dtype for w in model.parameters()), key=lambda d: torch.finfo(d).bits)
+
+def reread(acc, model, traces:list, ppo): # the largest difference, nats; None where the player told no log-probabilities
+    "Compares each token's log-probability when it was sampled and when it was read again; `TrainingError` where they are not of one policy."
+    off = [(t.old - torch.tensor(t.sampled, device=t.old.device)).abs() for t in traces if t.sampled]
+    off = torch.cat(off).double() if off else torch.zeros(1, dtype=torch.float64, device=acc.device)
+    s = _total(acc, dict(n=float(sum(len(t.sampled) for t in traces)), off=off.sum().item()))
+    if not s['n']: return None
+    most, mean, granted = acc.gather(off.max()[None]).max().item(), s['off']/s['n'], tolerance(precision(acc, model))/ppo.temperature
+    lm = acc.unwrap_model(model)
+    if not mean <= granted: raise TrainingError(f'{type(lm).__name__}: log-probabilities read again are off by {mean:.2g} nats a token from those that were sampled (at most {most:.2g}), expected {granted:.2g} or less: what sampled is not what is trained')
+    return most
+
 def normalise(acc, advs:list # of tensors
     ) -> list:
     "Advantages with mean 0 and deviation 1 over the whole batch, of all processes; equal ones become 0."
@@ -458,8 +478,7 @@ def step(acc, model, opt, batch:list, ppo, pad:int, fresh:bool) -> tuple: # sums
         acc.backward(loss/n)
         sums, lo, hi = {k: sums.get(k, 0.) + v for k, v in seen.items()}, min(lo, a), max(hi, b)
     off = max(1 - lo, hi - 1)
-    exact = acc.mixed_precision == 'no' and all(w.dtype == torch.float32 for w in model.parameters())
-    if fresh and exact and off > 1e-5: raise TrainingError(f'ratio is off by {off:.1e} before the first step: what sampled is not what is trained')
+    if fresh and off > 1e-5 and precision(acc, model) == torch.float32: raise TrainingError(f'ratio is off by {off:.1e} before the first step: what sampled is not what is trained')
     if not 0 < lo <= hi < math.inf: raise TrainingError(f'ratios of probabilities from {lo:.3g} to {hi:.3g}: the policy has left what it sampled from. Lower ppo.lr={ppo.lr:g} or raise ppo.temperature={ppo.temperature:g}')
     norm = acc.clip_grad_norm_(model.parameters(), ppo.grad_clip)
     norm = float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
@@ -478,15 +497,15 @@ def update(acc, model, opt, traces:list, ppo, pad:int, rng, ref=None) -> dict: #
         recall(acc, model, batch, ppo, pad)
         if ppo.kl_coef:
             with acc.autocast(): recall(acc, ref, batch, ppo, pad, 'ref')
+    again = reread(acc, model, traces, ppo)
     advs, rets = credit_turns(traces, [t.value.cpu() for t in traces], ppo)
     for t, a, r in zip(traces, normalise(acc, [a.to(acc.device) for a in advs]), rets): t.adv, t.ret = a, r.to(acc.device)
-    if ppo.checkpointing: model.train()
     sums, norms, ranges = {}, [], []
     for batch in [b for order in orders for b in cut(order)]:
         got, span, norm = step(acc, model, opt, batch, ppo, pad, not norms)
         sums = {k: sums.get(k, 0.) + v for k, v in got.items()}
         norms.append(norm); ranges.append(span)
-    return _losses(acc, sums, ranges) | dict(grad_norm=sum(norms)/len(norms), explained=_explained(acc, traces))
+    return _losses(acc, sums, ranges) | dict(grad_norm=sum(norms)/len(norms), explained=_explained(acc, traces), reread=again)
 
 # %% ../nbs/03_ppo.ipynb #59f85904
 def _total(acc, x:dict) -> dict: # of floats
@@ -515,12 +534,21 @@ def played(acc, traces:list, stops:list) -> dict:
     by_turn = ('length', 'cut', *OUTCOMES)
     return {k: v if k == 'hands' else v/s['turns' if k in by_turn else 'hands'] for k, v in s.items()} | dict(tokens=s['length'])
 
+# %% ../nbs/03_ppo.ipynb #95c8dbed
+def recompute(lm): # `lm`, changed in place
+    "Layers that keep their input alone and are computed again in the backward pass."
+    layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers: raise ParamError(f'ppo.checkpointing=True: {type(lm).__name__} has no layers that can be computed again')
+    def again(forward): return lambda *args, **how: (partial(checkpoint, forward, use_reentrant=False) if torch.is_grad_enabled() else forward)(*args, **how)
+    for m in layers: m.forward = again(m.forward)
+    return lm
+
 # %% ../nbs/03_ppo.ipynb #ebc6678c
 def setup(acc, cfg, start:str, seed:int) -> tuple: # model and optimizer as prepared by accelerate, tok, reference model or None
     "The policy with its value head, ready to train."
     lm, tok = load_lm(start, cfg, 'cpu', cfg.model.dtype)
     p, lm = cfg.ppo, freeze_idle(attach(lm, seed))
-    if p.checkpointing: lm.gradient_checkpointing_enable()
+    if p.checkpointing: recompute(lm)
     ref = attach(load_lm(start, cfg, acc.device, cfg.model.dtype)[0]) if p.kl_coef else None
     trunk = [w for n, w in lm.named_parameters() if w.requires_grad and not n.startswith('value_head.')]
     groups = [dict(params=trunk, lr=p.lr, top=p.lr), dict(params=list(lm.value_head.parameters()), lr=p.head_lr, top=p.head_lr)]
@@ -545,9 +573,17 @@ def export(acc, model, tok, folder) -> Path:
     return Path(folder)
 
 # %% ../nbs/03_ppo.ipynb #3eee522b
+def _rl(cfg): return {k: v for k, v in cfg.ppo.items() if k not in ('between', 'sweep_seeds')} # which starts is no part of a run
+
+def begun(cfg, start:str, seed:int) -> dict:
+    "All that decides a run."
+    asked = dict(max_new_tokens=cfg.eval.max_new_tokens, batch=cfg.eval.batch)
+    decides = dict(ppo=_rl(cfg), game=cfg.game, eval=asked, model=dict(dtype=cfg.model.dtype), sft=dict(bf16=cfg.sft.bf16), seed=seed, weights=weights_id(cfg, str(start)))
+    return dict(start=str(start), settings=decides)
+
 def _states(folder): return sorted(folder.glob('state-*'), key=lambda p: int(p.name.split('-')[1]))
 
-def keep_state(acc, folder, done:int, start:str):
+def keep_state(acc, folder, done:int, note:dict): # note: from `begun`, and what is said of the run at its end
     "Saves all that a killed run needs after `done` updates; older states go."
     new = folder/f'.state-{done}'
     if acc.is_main_process: shutil.rmtree(new, ignore_errors=True)
@@ -555,15 +591,23 @@ def keep_state(acc, folder, done:int, start:str):
     acc.save_state(str(new))
     acc.wait_for_everyone() # each process writes its own part
     if acc.is_main_process:
-        write_json(new/'start.json', dict(start=str(start)))
+        write_json(new/'start.json', note)
         os.replace(new, folder/f'state-{done}')
         for old in _states(folder)[:-1]: shutil.rmtree(old)
     acc.wait_for_everyone()
 
-def resume(acc, folder, start:str) -> int: # updates done
+def noted(folder, now:dict) -> dict: # now: from `begun`; what the newest state's note says
+    "Raises `ParamError` where the folder holds another run."
+    found = _states(folder)[-1:]
+    if not found: return now
+    was = read_json(found[0]/'start.json')
+    if was['start'] != now['start']: raise ParamError(f"{folder} holds a run from {was['start']}; start={now['start']!r} needs a folder of its own")
+    same_settings(was.get('settings', {}), now['settings'], folder)
+    return was
+
+def resume(acc, folder) -> int: # updates done
     "Loads the newest state, if there is one, and cuts the log back to it."
     found = _states(folder)[-1:]
-    if found and (was := read_json(found[0]/'start.json')['start']) != str(start): raise ParamError(f'{folder} holds a run from {was}; start={str(start)!r} needs a folder of its own')
     done = int(found[0].name.split('-')[1]) if found else 0
     if found: acc.load_state(str(found[0]))
     if acc.is_main_process: atomic_write(folder/'log.jsonl', ''.join(json.dumps(r) + '\n' for r in read_log(folder) if r['update'] <= done))
@@ -632,22 +676,25 @@ def train_ppo(cfg,        # from `load_params`
               folder,     # state-N, log.jsonl and at the end policy/ and trained.json
               seed:int=0, # of hands, sampling, order and the value head
               acc=None    # an `Accelerator`; made here where None
-    ) -> dict:            # policy: folder name of the checkpoint; log: as in the table above
+    ) -> dict:            # policy: folder name of the checkpoint; reread: see `reread`; log: as in the table above
     "PPO from a checkpoint; goes on where a killed run stopped, and returns at once where it is done."
     folder, acc = Path(folder), acc or accelerator(cfg)
     check_ppo(cfg, acc.num_processes)
+    note = begun(cfg, start, seed)
+    most = noted(folder, note).get('reread')
     if (folder/'trained.json').is_file(): return read_json(folder/'trained.json')
     folder.mkdir(parents=True, exist_ok=True)
     with threads(cfg.threads):
         model, opt, tok, ref = setup(acc, cfg, start, seed)
-        done = resume(acc, folder, start)
+        done = resume(acc, folder)
         with engine(acc, acc.unwrap_model(model), tok, cfg) as vllm:
             for u in _bar(acc, Path(start).name, done, cfg.ppo.updates):
                 line = play_and_learn(acc, model, opt, tok, ref, cfg, seed, u, vllm=vllm)
+                most = max((x for x in (most, line.pop('reread')) if x is not None), default=None)
                 if acc.is_main_process: _note(folder, line)
-                if u % cfg.ppo.save_every == 0 or u == cfg.ppo.updates: keep_state(acc, folder, u, start)
+                if u % cfg.ppo.save_every == 0 or u == cfg.ppo.updates: keep_state(acc, folder, u, note | dict(reread=most))
         export(acc, model, tok, folder/'policy')
-    if acc.is_main_process: write_json(folder/'trained.json', dict(policy='policy', log=read_log(folder)))
+    if acc.is_main_process: write_json(folder/'trained.json', dict(policy='policy', reread=most, log=read_log(folder)))
     acc.wait_for_everyone()
     return read_json(folder/'trained.json')
 
@@ -670,8 +717,6 @@ def _bar(acc, start, done, updates):
         _tell('progress', f'ppo {start}: {u}/{updates}, ' + ', '.join(' '.join(x) for x in newest.items()))
 
 # %% ../nbs/03_ppo.ipynb #289163f4
-def _rl(cfg): return {k: v for k, v in cfg.ppo.items() if k not in ('between', 'sweep_seeds')} # which starts is no part of a run
-
 def rl_stage(cfg, step:int, # a kept step of SFT
              seed:int=0
     ) -> Stage:
