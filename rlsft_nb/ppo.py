@@ -433,15 +433,14 @@ def precision(acc, model): # a torch dtype
     if acc.mixed_precision != 'no': return dict(fp16=torch.float16).get(acc.mixed_precision, torch.bfloat16)
     return min((w.dtype for w in model.parameters()), key=lambda d: torch.finfo(d).bits)
 
-def reread(acc, model, traces:list, ppo): # the largest difference, nats; None where the player told no log-probabilities
+def reread(acc, model, traces:list): # the largest difference, nats; None where the player told no log-probabilities
     "Compares each token's log-probability when it was sampled and when it was read again; `TrainingError` where they are not of one policy."
     off = [(t.old - torch.tensor(t.sampled, device=t.old.device)).abs() for t in traces if t.sampled]
     off = torch.cat(off).double() if off else torch.zeros(1, dtype=torch.float64, device=acc.device)
     s = _total(acc, dict(n=float(sum(len(t.sampled) for t in traces)), off=off.sum().item()))
     if not s['n']: return None
-    most, mean, granted = acc.gather(off.max()[None]).max().item(), s['off']/s['n'], tolerance(precision(acc, model))/ppo.temperature
-    lm = acc.unwrap_model(model)
-    if not mean <= granted: raise TrainingError(f'{type(lm).__name__}: log-probabilities read again are off by {mean:.2g} nats a token from those that were sampled (at most {most:.2g}), expected {granted:.2g} or less: what sampled is not what is trained')
+    most, mean, granted = acc.gather(off.max()[None]).max().item(), s['off']/s['n'], tolerance(precision(acc, model))
+    if not mean <= granted: raise TrainingError(f'{type(acc.unwrap_model(model)).__name__}: log-probabilities read again are off by {mean:.2g} nats a token from those that were sampled (at most {most:.2g}), expected {granted:.2g} or less: what sampled is not what is trained')
     return most
 
 def normalise(acc, advs:list # of tensors
@@ -497,7 +496,7 @@ def update(acc, model, opt, traces:list, ppo, pad:int, rng, ref=None) -> dict: #
         recall(acc, model, batch, ppo, pad)
         if ppo.kl_coef:
             with acc.autocast(): recall(acc, ref, batch, ppo, pad, 'ref')
-    again = reread(acc, model, traces, ppo)
+    again = reread(acc, model, traces)
     advs, rets = credit_turns(traces, [t.value.cpu() for t in traces], ppo)
     for t, a, r in zip(traces, normalise(acc, [a.to(acc.device) for a in advs]), rets): t.adv, t.ret = a, r.to(acc.device)
     sums, norms, ranges = {}, [], []

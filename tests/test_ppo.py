@@ -530,15 +530,18 @@ def test_what_was_sampled_is_compared_with_what_is_read_again(trained, pico, tmp
 
 def test_rounding_is_granted_and_no_more(acc, pico):
     lm, tok = load_lm(str(pico['qwen2']))
-    p, traces = load_params('tiny', dict(ppo=dict(temperature=.5))).ppo, fake(random.Random(0), 4)
-    for t in traces: n = sum(b - a for a, b in t.spans); t.old, t.sampled = torch.zeros(n), [.015]*n
-    assert reread(acc, lm, traces, p) == pytest.approx(.015) # 0.01 at temperature 1
-    with pytest.raises(TrainingError, match='off by 0.015 nats'): reread(acc, lm, traces, load_params('tiny', dict(ppo=dict(temperature=1.))).ppo)
-    assert reread(acc, lm.bfloat16(), traces, load_params('tiny', dict(ppo=dict(temperature=1.))).ppo) == pytest.approx(.015)
-    for t in traces: t.sampled = [math.nan]*len(t.old)
-    with pytest.raises(TrainingError): reread(acc, lm, traces, p)
-    for t in traces: t.sampled = []
-    assert reread(acc, lm, traces, p) is None # a player that does not tell
+    def traces(off):
+        out = fake(random.Random(0), 4)
+        for t in out: n = sum(b - a for a, b in t.spans); t.old, t.sampled = torch.zeros(n), [off]*n
+        return out
+    assert reread(acc, lm, traces(.009)) == pytest.approx(.009)
+    for off in (.015, math.nan):
+        with pytest.raises(TrainingError, match='Qwen2ForCausalLM: log-probabilities read again are off by'): reread(acc, lm, traces(off))
+    assert reread(acc, lm.bfloat16(), traces(.015)) == pytest.approx(.015)
+    with pytest.raises(TrainingError, match='off by 0.12 nats a token'): reread(acc, lm, traces(.12))
+    silent = traces(0.)
+    for t in silent: t.sampled = [] # a player that does not tell
+    assert reread(acc, lm, silent) is None
 
 @pytest.mark.parametrize('kind, name', [('llama', 'attention_dropout'), ('opt', 'dropout'), ('gpt2', 'resid_pdrop')])
 def test_recomputed_layers_have_no_dropout(tiny, acc, kind, name):
