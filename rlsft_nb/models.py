@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'ModelError', 'find_gguf', 'locate', 'weights_id', 'check_finite', 'converted', 'load_lm', 'save_lm',
-           'encode', 'stop_ids', 'generate_ids', 'generate', 'rank', 'world', 'my_part', 'woven', 'leave', 'collect',
-           'summarize', 'evaluate', 'cells', 'clusters', 'device', 'arithmetic', 'score', 'main', 'base_stage']
+           'encode', 'stop_ids', 'at_rest', 'generate_ids', 'generate', 'rank', 'world', 'my_part', 'woven', 'leave',
+           'collect', 'summarize', 'evaluate', 'cells', 'clusters', 'device', 'arithmetic', 'score', 'main',
+           'base_stage']
 
 # %% ../nbs/01_models.ipynb #83b6aa7b
 from contextlib import contextmanager
@@ -56,9 +57,10 @@ def locate(model:str, # a file in params/ (goes first), a folder, a .gguf file, 
     return str(folder), None, None
 
 # %% ../nbs/01_models.ipynb #873529d8
-def weights_id(cfg) -> str: # 16 hex digits, or 'owner/name@revision'
-    "What the weights of `cfg` are: the commit of a Hub repository, else names, sizes, first and last MiB of the weight files."
-    where, revision, gguf = locate(cfg.name, cfg)
+def weights_id(cfg, model:str='' # of `locate`; `cfg.name` where empty
+    ) -> str:                    # 16 hex digits, or 'owner/name@revision'
+    "What the weights of `model` are: the commit of a Hub repository, else names, sizes, first and last MiB of the weight files."
+    where, revision, gguf = locate(model or cfg.name, cfg)
     if not Path(where).is_dir(): return f'{where}@{revision}'
     h = hashlib.sha256()
     for p in sorted(Path(where).glob(gguf or '*.safetensors')):
@@ -170,6 +172,17 @@ def stop_ids(lm, tok) -> list: # int
     own = own if isinstance(own, list) else [own]
     return sorted({i for i in [tok.eos_token_id, *own] if i is not None})
 
+@contextmanager
+def at_rest(lm):
+    "`lm` without dropout and without its checkpoint's own settings of generation; afterwards as it was."
+    on, own = [m for m in lm.modules() if m.training], lm.generation_config
+    for m in on: m.training = False
+    lm.generation_config = GenerationConfig()
+    try: yield
+    finally:
+        lm.generation_config = own
+        for m in on: m.training = True
+
 def _until_stop(ids, stops): # the stop token belongs to the answer
     end = next((i for i, t in enumerate(ids) if t in stops), None)
     return ids if end is None else ids[:end + 1]
@@ -188,7 +201,7 @@ def generate_ids(lm, tok,
     sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
     how = GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1., pad_token_id=tok.pad_token_id, eos_token_id=stops, **sampled)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), at_rest(lm):
         torch.manual_seed(seed)
         for b in range(0, len(order), batch_size):
             rows = order[b:b + batch_size]
