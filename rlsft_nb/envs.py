@@ -286,7 +286,7 @@ def _card(made, files, configs, **told) -> str: # made: (configuration, split) -
     n, sets = sum(map(len, made.values())), lambda table: len({tuple(sorted(r['numbers'])) for r in table})
     first, split = next(iter(made))
     return CARD.format(size=next(k for k, top in COUNTS.items() if n < top), version=__version__, first=first, split=split, **told,
-        configs='\n'.join(f'- config_name: {c}\n  data_files:\n{of(c)}' for c in configs),
+        configs='\n'.join(f'- config_name: {c}\n  default: {str(c == first).lower()}\n  data_files:\n{of(c)}' for c in configs),
         rules='\n'.join(row(f'`{c}`', ', '.join(map(str, face_values(r))), 'with a J, Q or K' if face else 'any') for c, (r, face) in configs.items()),
         files='\n'.join(row(f'`{path(c, s)}`', len(t), sets(t), f'`{hashlib.sha256(files[path(c, s)]).hexdigest()}`') for (c, s), t in made.items()))
 
