@@ -119,8 +119,10 @@ def _text(content): # of a message: a string, or parts
 def points24() -> tuple: # classes: taskset, environment, harness
     "The game for `verifiers` (its second generation, `verifiers.v1`)."
     import verifiers.v1 as vf
-    from openai import AsyncOpenAI
+    from httpx import create_ssl_context
+    from openai import APIError, AsyncOpenAI, DefaultAsyncHttpxClient
     from verifiers.v1.dialects.chat import message_to_wire
+    tls = create_ssl_context() # takes a quarter of a second
     judge = lambda said, hand, feedback='full': verify(said or '', hand.cards, hand.rule, hand.target, feedback)
 
     class Points24Data(vf.TaskData):
@@ -171,8 +173,9 @@ def points24() -> tuple: # classes: taskset, environment, harness
         async def launch(self, ctx, trace, runtime, endpoint, secret, mcp_urls, data):
             system, said = self.resolve_prompt(data)
             chat = [dict(role='user', content=said)] if isinstance(said, str) else list(map(message_to_wire, said))
-            async with AsyncOpenAI(base_url=endpoint, api_key=secret, max_retries=0) as model:
-                await model.chat.completions.create(model=ctx.model, messages=[dict(role='system', content=system)]*bool(system) + chat)
+            async with AsyncOpenAI(base_url=endpoint, api_key=secret, http_client=DefaultAsyncHttpxClient(verify=tls, timeout=None)) as model:
+                try: await model.chat.completions.create(model=ctx.model, messages=[dict(role='system', content=system)]*bool(system) + chat, timeout=None)
+                except APIError as e: return vf.ProgramResult(1, '', str(e)) # a limit of the run, or a failure: verifiers knows which
             return vf.ProgramResult(0, '', '')
 
     return Points24, Points24Env, Answerer

@@ -180,7 +180,7 @@ def vf_eval(tmp_path, endpoint, model, *more):
     pytest.importorskip('verifiers.v1', reason='the extra [verifiers] is not installed')
     run = [str(Path(sys.executable).with_name('vf-eval')), 'points24', '-m', model, '--client.base-url', f'http://127.0.0.1:{endpoint.server_port}/v1', '--no-push', '--no-rich', '-o', str(tmp_path), '--run.dir', 'run', *more]
     env = {k: v for k, v in os.environ.items() if 'proxy' not in k.lower()} | dict(PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    r = subprocess.run(run, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    r = subprocess.run(run, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900)
     assert r.returncode == 0, r.stderr[-2000:]
     lines = [json.loads(l) for l in (tmp_path/'run'/'traces.jsonl').read_text().splitlines()]
     return [t for l in lines for t in l.get('traces', [l])]
@@ -205,6 +205,15 @@ def test_verifiers_attempts(tmp_path, endpoint):
     got = vf_eval(tmp_path, endpoint, 'wrong', '-n', '2', '--env.attempts', '2', '--env.feedback', 'outcome', '--env.taskset.part', 'rl', '--env.taskset.hands', '5')
     assert [(score(t), t['metrics']) for t in got] == [(-4., dict(attempts=2., first=0., solved=0.))]*2
     assert got[0]['nodes'][2]['message']['content'] == 'This attempt failed: the numbers do not match the cards. Try again.'
+
+def test_verifiers_limits_and_failures(tmp_path, endpoint):
+    "A limit of the run ends the hand, which is scored; a model that cannot be reached is an error, not an answer."
+    endpoint.play = lambda name, chat: 'no idea'
+    (t,) = vf_eval(tmp_path/'a', endpoint, 'm', '-n', '1', '--env.agent.max-turns', '2', '--env.taskset.system-prompt', str(ROOT/'LICENSE'))
+    assert t['ok'] and t['stop_condition'] == 'max_turns' and t['metrics']['attempts'] == 2. and t['nodes'][0]['message']['role'] == 'system'
+    endpoint.play = lambda name, chat: 1/0
+    (t,) = vf_eval(tmp_path/'b', endpoint, 'm', '-n', '1')
+    assert not t['ok'] and t['errors'] and not t['rewards'].get('points')
 
 def test_verifiers_tiny(tmp_path, endpoint):
     "The embedded model, served."
