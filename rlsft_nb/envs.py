@@ -37,7 +37,7 @@ def rows(part='rl',       # one of `PARTS`, or 'authors'
     return [dict(prompt=prompt(h, rule, target), cards=h, rule=text, target=target) for h in chosen]
 
 # %% ../nbs/envs.ipynb #c7934bf2
-def multi_turn(rows,             # a data set with the columns prompt (chat) and cards; rule and target where they are not '10' and 24
+def multi_turn(rows,             # the trainer's data set: columns prompt (chat) and cards; rule and target where they are not '10' and 24
                attempts:int=5,   # at least 1; each may take `max_completion_length` tokens
                feedback='full'   # see `verify`
     ) -> dict:                   # rollout_func and reward_funcs, for TRL's `GRPOTrainer`
@@ -45,8 +45,8 @@ def multi_turn(rows,             # a data set with the columns prompt (chat) and
     from rlsft_nb.models import encode, stop_ids
     from rlsft_nb.ppo import Trace, extend, tail_ids # rooms that load torch
     if not isinstance(attempts, int) or attempts < 1: raise ValueError(f'attempts={attempts!r}: expected a positive integer')
-    key = lambda chat: json.dumps(chat, sort_keys=True)
-    games = {key(r['prompt']): (r['cards'], r.get('rule') or '10', r.get('target') or 24) for r in rows}
+    key = lambda chat: json.dumps([(m['role'], m['content']) for m in chat])
+    games = {key(r['prompt']): (list(r['cards']), r.get('rule') or '10', r.get('target') or 24) for r in rows}
 
     def rollout_func(prompts, trainer) -> dict:
         tok, stops = trainer.processing_class, stop_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)

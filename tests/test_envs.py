@@ -135,6 +135,11 @@ def test_environment_factory(tmp_path, qwen):
     assert '"name": "answer"' in told[0] and all(n not in told[0] for n in ('get_reward', '"reset"')), 'other methods are no tools'
     assert any('these numbers are not on the cards' in t for t in told) and any('Correct.' in t for t in told)
 
+def test_environment_factory_needs_tool_calls(tmp_path):
+    from rlsft_nb.models import load_lm
+    lm, tok = load_lm('tiny')
+    with pytest.raises(ValueError, match='does not support tool calling'): grpo(tmp_path, lm, tok, rows('test', n=1), environment_factory=PointsEnv)
+
 def test_points_env():
     public = {n for n in vars(PointsEnv) if not n.startswith('_')}
     assert public == {'reset', 'answer', 'get_reward'}
