@@ -14,7 +14,7 @@ import argparse, hashlib, io, json, os, random, shutil, sys
 
 from . import __version__
 from .core import DiskError, Problem, make_dir
-from .game import LEVELS, REWARDS, PARTS, RULES, SIZES, answer, deal, face_values, feedback_turn, hands, multisets, prompt, solvable, solve, values, verify
+from .game import LEVELS, PARTS, REWARDS, RULES, SIZES, answer, deal, face_values, feedback_turn, hands, multisets, prompt, solvable, solve, values, verify
 
 # %% ../nbs/envs.ipynb #d322a7f4
 def _fixed(part, rule, target): return part == 'authors' or (part in SIZES and target == 24 and face_values(rule) in map(face_values, RULES))
@@ -42,28 +42,28 @@ def multi_turn(rows,             # the trainer's data set: columns prompt (chat)
                feedback='full'   # see `verify`
     ) -> dict:                   # rollout_func and reward_funcs, for TRL's `GRPOTrainer`
     "Hands played to their end, in the form that GRPO trains on."
+    import torch
     from rlsft_nb.models import encode, stop_ids
-    from rlsft_nb.ppo import Trace, extend, tail_ids # rooms that load torch
+    from rlsft_nb.ppo import Trace, extend, tail_ids
     if not isinstance(attempts, int) or attempts < 1: raise ValueError(f'attempts={attempts!r}: expected a positive integer')
     key = lambda chat: json.dumps([(m['role'], m['content']) for m in chat])
     games = {key(r['prompt']): (list(r['cards']), r.get('rule') or '10', r.get('target') or 24) for r in rows}
 
     def rollout_func(prompts, trainer) -> dict:
-        tok, stops = trainer.processing_class, stop_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
         if lost := [p for p in prompts if key(p) not in games]: raise ValueError(f'prompts: {lost[0]!r} is no prompt of the rows given to multi_turn')
-        played, asked = [games[key(p)] for p in prompts], encode(tok, prompts)
-        traces = [Trace(cards, ids) for (cards, *_), ids in zip(played, asked)]
-        logps = [[] for _ in traces]
+        tok, acc, played = trainer.processing_class, trainer.accelerator, [games[key(p)] for p in prompts]
+        most = lambda n: n if acc.num_processes == 1 else int(acc.gather(torch.tensor([n], device=acc.device)).max()) # sharded weights generate in step
+        asked, stops = encode(tok, prompts), stop_ids(acc.unwrap_model(trainer.model), tok)
+        traces, logps = [Trace(g[0], ids) for g, ids in zip(played, asked)], [[] for _ in prompts]
         for turn in range(attempts):
             live = [i for i, t in enumerate(traces) if not t.solved]
-            if not live: break
+            if not most(len(live)): break
             for t in (traces[i] for i in live if turn): t.ids = extend(t.ids, tail_ids(tok, stops, feedback_turn(t.verdicts[-1])), stops)
-            said, logp = trainer._generate_single_turn([traces[i].ids for i in live], None, {}, 1) # as TRL's own loop over tool calls does
-            for k, (i, text) in enumerate(zip(live, tok.batch_decode(said, skip_special_tokens=True))):
-                t, before = traces[i], len(asked[i]) + len(logps[i])
-                if logp: logps[i] += [0.]*(len(t.ids) - before) + logp[k]
-                t.hear(said[k], verify(text, *played[i], feedback))
-        return dict(prompt_ids=asked, completion_ids=[t.ids[len(a):] for t, a in zip(traces, asked)], logprobs=logps if all(logps) else None,
+            said, logp = trainer._generate_single_turn([traces[i].ids for i in live] or asked[:1], None, {}, 1) # as TRL's own loop over tool calls does
+            for i, ids, text, p in zip(live, said, tok.batch_decode(said, skip_special_tokens=True), logp or [[]]*len(live)):
+                logps[i] += [0.]*(len(traces[i].ids) - len(asked[i]) - len(logps[i])) + p
+                traces[i].hear(ids, verify(text, *played[i], feedback))
+        return dict(prompt_ids=asked, completion_ids=[t.ids[len(a):] for t, a in zip(traces, asked)], logprobs=logps if logp else None,
                     env_mask=[_said(t)[len(a):] for t, a in zip(traces, asked)], points=[t.verdicts[-1].reward for t in traces])
 
     def points(points, **_): return points
@@ -120,6 +120,7 @@ def points24() -> tuple: # classes: taskset, environment, harness
     "The game for `verifiers` (its second generation, `verifiers.v1`)."
     import verifiers.v1 as vf
     from httpx import create_ssl_context
+    from pydantic import Field
     from openai import APIError, AsyncOpenAI, DefaultAsyncHttpxClient
     from verifiers.v1.dialects.chat import message_to_wire
     tls = create_ssl_context() # takes a quarter of a second
@@ -141,7 +142,7 @@ def points24() -> tuple: # classes: taskset, environment, harness
         async def attempts(self, trace) -> float: return float(trace.num_turns)
 
     class Points24Config(vf.TasksetConfig):
-        part: Literal['sft', 'rl', 'val', 'test', 'kept', 'authors'] = 'test'
+        part: Literal[SPLITS] = 'test'
         rule: str = '10'
         face: bool = False
         hands: int | None = None # as `n` of `rows`
@@ -157,8 +158,8 @@ def points24() -> tuple: # classes: taskset, environment, harness
 
     class Points24EnvConfig(vf.EnvConfig):
         agent: vf.AgentConfig = vf.AgentConfig(runtime=vf.SubprocessConfig())
-        attempts: int = 5
-        feedback: Literal['full', 'outcome'] = 'full'
+        attempts: int = Field(5, ge=1)
+        feedback: Literal[LEVELS] = 'full'
 
     class Points24Env(vf.Env[Points24EnvConfig]):
         async def run(self, task, agents):
@@ -280,7 +281,7 @@ Judge answers by exact arithmetic (`rlsft_nb.game.verify`): a formula that uses 
 
 Licence: Apache-2.0.
 """
-COUNTS = {'n<1K': 10**3, '1K<n<10K': 10**4, '10K<n<100K': 10**5, '100K<n<1M': 10**6} # the Hub's names of sizes
+COUNTS = {'n<1K': 10**3, '1K<n<10K': 10**4, '10K<n<100K': 10**5, '100K<n<1M': 10**6, '1M<n<10M': 10**7} # the Hub's names of sizes
 
 def _card(made, files, configs, **told) -> str: # made: (configuration, split) -> rows; files: path -> bytes
     path = lambda c, s: f'{c}/{s}.parquet'
@@ -307,7 +308,7 @@ def _place(out, files): # path -> bytes
         raise
 
 def export(out,                # folder, not there yet or empty
-           rules:list=None,    # see `face_values`: one configuration a rule; those of `CONFIGS` if None
+           rules:list=None,    # see `face_values`: one configuration a rule, any hands; those of `CONFIGS` if None
            splits:list=SPLITS, # some of `SPLITS`; 'authors' is there for `CONFIGS` alone
            deals:int=4000,     # hands dealt for each split that is not fixed
            solutions:int=None, # most solutions a hand; all if None
@@ -315,7 +316,7 @@ def export(out,                # folder, not there yet or empty
            target:int=24
     ) -> Path:                 # `out`
     "Hands as a data set that `datasets.load_dataset` takes: Parquet files and a card."
-    out = Path(os.path.abspath(out))
+    out, rules, splits = Path(os.path.abspath(out)), [rules] if isinstance(rules, str) else rules, [splits] if isinstance(splits, str) else splits
     if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise ExportError(f'out={str(out)!r} is there and not an empty folder; name a new one')
     if bad := [s for s in splits if s not in SPLITS]: raise ExportError(f'splits: {bad[0]!r} is unknown; expected some of {", ".join(SPLITS)}')
     if bad := [f'{k}={v}' for k, v in dict(deals=deals, solutions=solutions).items() if v is not None and v < 1]: raise ExportError(f'{bad[0]}: expected a positive integer')

@@ -92,7 +92,7 @@ def test_multi_turn_logprobs_line_up():
     tok = make_tokenizer()
     data, no = rows('test', n=1), tok('no', add_special_tokens=False)['input_ids'] + [tok.eos_token_id]
     lm = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=tok.eos_token_id))
-    trainer = SimpleNamespace(processing_class=tok, model=lm, accelerator=SimpleNamespace(unwrap_model=lambda m: m), _generate_single_turn=lambda ids, *_: ([no]*len(ids), [[-1.]*len(no)]*len(ids)))
+    trainer = SimpleNamespace(processing_class=tok, model=lm, accelerator=SimpleNamespace(unwrap_model=lambda m: m, num_processes=1), _generate_single_turn=lambda ids, *_: ([no]*len(ids), [[-1.]*len(no)]*len(ids)))
     out = multi_turn(data, attempts=3)['rollout_func']([data[0]['prompt']]*2, trainer)
     for ids, mask, logp in zip(out['completion_ids'], out['env_mask'], out['logprobs']):
         assert len(ids) == len(mask) == len(logp) and [-float(m) for m in mask] == logp and sum(mask) == 3*len(no)
