@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'SPLITS', 'CARD', 'COUNTS', 'rows', 'multi_turn', 'PointsEnv', 'points24', 'register_general_points',
-           'ExportError', 'export', 'export_main']
+           'export', 'export_main']
 
 # %% ../nbs/envs.ipynb #2fcef4b9
 from functools import lru_cache
@@ -13,7 +13,7 @@ from typing import Literal
 import argparse, hashlib, io, json, os, random, shutil, sys
 
 from . import __version__
-from .core import DiskError, Problem, make_dir
+from .core import DiskError, ParamError, Problem, make_dir, sha256_file
 from .game import LEVELS, PARTS, REWARDS, RULES, SIZES, answer, deal, face_values, feedback_turn, hands, multisets, prompt, solvable, solve, values, verify
 
 # %% ../nbs/envs.ipynb #d322a7f4
@@ -271,7 +271,7 @@ load_dataset(FOLDER, '{first}', split='{split}') # this folder, or its id on the
 | `rule`, `target` | what J, Q and K count, and what the formula must equal |
 | `solutions` | {solutions}, one spelling each, shortest first |
 
-`sft`, `rl`, `val`, `test` and `kept` share no multiset of numbers; `kept` was kept out of pretraining too. `authors` is drawn as the authors of the paper draw, without regard to the others, and overlaps with them. What is dealt is dealt with seed {seed}, repeats left out.
+`sft`, `rl`, `val`, `test` and `kept` share no multiset of numbers; `kept` was kept out of the pretraining of the embedded base too. `authors` is drawn as the authors of the paper draw, without regard to the others, and overlaps with them. What is dealt is dealt with seed {seed}, repeats left out.
 
 Judge answers by exact arithmetic (`rlsft_nb.game.verify`): a formula that uses each number once and equals the target is right, listed or not.
 
@@ -295,8 +295,6 @@ def _card(made, files, configs, **told) -> str: # made: (configuration, split) -
         files='\n'.join(row(f'`{path(c, s)}`', len(t), sets(t), f'`{hashlib.sha256(files[path(c, s)]).hexdigest()}`') for (c, s), t in made.items()))
 
 # %% ../nbs/envs.ipynb #09b44fb3
-class ExportError(Problem, ValueError): "A data set that cannot be written as asked."
-
 def _place(out, files): # path -> bytes
     new = out.with_name(f'.{out.name}.{os.getpid()}')
     try:
@@ -317,14 +315,14 @@ def export(out,                # folder, not there yet or empty
     ) -> Path:                 # `out`
     "Hands as a data set that `datasets.load_dataset` takes: Parquet files and a card."
     out, rules, splits = Path(os.path.abspath(out)), [rules] if isinstance(rules, str) else rules, [splits] if isinstance(splits, str) else splits
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise ExportError(f'out={str(out)!r} is there and not an empty folder; name a new one')
-    if bad := [s for s in splits if s not in SPLITS]: raise ExportError(f'splits: {bad[0]!r} is unknown; expected some of {", ".join(SPLITS)}')
-    if bad := [f'{k}={v}' for k, v in dict(deals=deals, solutions=solutions).items() if v is not None and v < 1]: raise ExportError(f'{bad[0]}: expected a positive integer')
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())): raise DiskError(f'out={str(out)!r} is there and not an empty folder; name a new one')
+    if bad := [s for s in splits if s not in SPLITS]: raise ParamError(f'splits: {bad[0]!r} is unknown; expected some of {", ".join(SPLITS)}')
+    if bad := [f'{k}={v}' for k, v in dict(deals=deals, solutions=solutions).items() if v is not None and v < 1]: raise ParamError(f'{bad[0]}: expected a positive integer')
     configs = CONFIGS if rules is None else {'rule-' + '-'.join(map(str, face_values(r))): (r, False) for r in rules}
     there = lambda s, how: s != 'authors' or (target == 24 and how in CONFIGS.values())
     made = {(c, s): [_columns(r, solutions) for r in rows(s, *how, None if _fixed(s, how[0], target) else deals, seed, target)]
             for c, how in configs.items() for s in SPLITS if s in splits and there(s, how)}
-    if not made: raise ExportError(f'splits={list(splits)}: none of them is there for rules={rules} and target={target}')
+    if not made: raise ParamError(f'splits={list(splits)}: none of them is there for rules={rules} and target={target}')
     files = {f'{c}/{s}.parquet': _parquet(table) for (c, s), table in made.items()}
     told = dict(target=target, seed=seed, solutions='all solutions' if solutions is None else f'at most {solutions} solutions')
     _place(out, files | {'README.md': _card(made, files, configs, **told).encode()})
@@ -339,8 +337,13 @@ def export_main(argv:list=None) -> int: # exit code
     p.add_argument('--splits', nargs='+', default=list(SPLITS), help=', '.join(SPLITS) + '; by default all')
     for name, default, text in (('deals', 4000, 'hands dealt for each split that is not fixed'), ('solutions', None, 'most solutions a hand; by default all'), ('seed', 0, 'of the deals'), ('target', 24, 'what a hand must make')):
         p.add_argument(f'--{name}', type=int, default=default, help=text)
-    try: print(export(**vars(p.parse_args(argv))))
-    except (Problem, ValueError, KeyError) as e: print(f'{type(e).__name__}: {e.args[0]}', file=sys.stderr); return 1
+    p.add_argument('--json', action='store_true', help='print the files with their sha256 as JSON')
+    p.add_argument('--quiet', action='store_true', help='print nothing but errors')
+    o = p.parse_args(argv)
+    try: out = export(**{k: v for k, v in vars(o).items() if k not in ('json', 'quiet')})
+    except (ValueError, KeyError, DiskError) as e: print(f'{type(e).__name__}: {e.args[0]}', file=sys.stderr); return 1 if isinstance(e, DiskError) else 2
+    if o.json: print(json.dumps(dict(out=str(out), files={str(f.relative_to(out)): sha256_file(f) for f in sorted(out.rglob('*.*'))}), indent=1))
+    elif not o.quiet: print(out)
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(export_main()) # not in a notebook

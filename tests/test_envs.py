@@ -326,15 +326,24 @@ def test_same_bytes(tmp_path):
 
 def test_export_refuses(tmp_path, capsys):
     (tmp_path/'full').mkdir(); (tmp_path/'full'/'mine').write_text('x'); (tmp_path/'file').write_text('x'); (tmp_path/'empty').mkdir()
-    for out, more, said in ((tmp_path/'full', [], 'not an empty folder'), (tmp_path/'file', [], 'not an empty folder'), (tmp_path/'n', ['--splits', 'tset'], "'tset'"), (tmp_path/'n', ['--deals', '0'], 'deals=0'),
-                            (tmp_path/'n', ['--solutions', '-1'], 'solutions=-1'), (tmp_path/'n', ['--rules', 'x'], "rule='x'"), (tmp_path/'n', ['--rules', '7', '--splits', 'authors'], 'none of them'),
-                            (tmp_path/'n', ['--target', '-3'], '-3'), (tmp_path/'file'/'below', ['--splits', 'kept'], 'cannot')):
-        assert export_main(['--out', str(out), *more]) == 1
+    new = tmp_path/'new'
+    for code, out, more, said in ((1, tmp_path/'full', [], 'not an empty folder'), (1, tmp_path/'file', [], 'not an empty folder'), (1, tmp_path/'file'/'below', ['--splits', 'kept'], 'cannot'),
+                                  (2, new, ['--splits', 'tset'], "'tset'"), (2, new, ['--deals', '0'], 'deals=0'), (2, new, ['--solutions', '-1'], 'solutions=-1'), (2, new, ['--rules', 'x'], "rule='x'"),
+                                  (2, new, ['--rules', '7', '--splits', 'authors'], 'none of them'), (2, new, ['--target', '-3'], '-3')):
+        assert export_main(['--out', str(out), *more]) == code
         err = capsys.readouterr().err
         assert said in err and len(err.splitlines()) == 1, err
     assert {p.name for p in tmp_path.iterdir()} == {'full', 'file', 'empty'} and files(tmp_path) == {'full/mine': b'x', 'file': b'x'}
     assert export_main(['--out', str(tmp_path/'empty'), '--splits', 'kept', '--rules', '10', '1-2-3', '--target', '20', '--deals', '10']) == 0
     assert set(files(tmp_path/'empty')) == {'README.md', 'rule-10-10-10/kept.parquet', 'rule-1-2-3/kept.parquet'}
+    assert export(tmp_path/'one', '7', 'kept', deals=5, target=20).name == 'one'
+
+def test_export_says(tmp_path, capsys):
+    how = ['--splits', 'kept', '--rules', '10']
+    assert export_main(['--out', str(tmp_path/'a'), *how, '--quiet']) == 0 and capsys.readouterr() == ('', '')
+    assert export_main(['--out', str(tmp_path/'b'), *how, '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told['out'] == str(tmp_path/'b') and told['files'] == {k: hashlib.sha256(v).hexdigest() for k, v in files(tmp_path/'a').items()}
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     write = Path.write_bytes
