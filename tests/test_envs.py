@@ -99,6 +99,10 @@ def test_multi_turn_logprobs_line_up():
 
 def test_multi_turn_refuses():
     with pytest.raises(ValueError, match='attempts=0'): multi_turn([], attempts=0)
+    r = rows('test', n=1)[0]
+    with pytest.raises(KeyError, match='no column cards'): multi_turn([dict(prompt=r['prompt'])])
+    with pytest.raises(ValueError, match='expected a chat'): multi_turn([r | dict(prompt=r['prompt'][0]['content'])])
+    with pytest.raises(ValueError, match='is no prompt of the rows'): multi_turn([r])['rollout_func']([[dict(role='user', content='another')]], None)
 
 def test_multi_turn_tiny_learns(tmp_path):
     "The embedded model: from the base every reward is -3."
