@@ -39,11 +39,11 @@ def unwrapped(key:str # name of a tensor in a file or a state dict
 
 def _words(prefix) -> list: return [w for w in prefix.split('.') if w and w not in _BODIES]
 
-def _split(key) -> tuple:
+def _split(key, apart=True) -> tuple: # apart: the layers of a vision tower are no layers
     "Stack ('' where there is one), layer (-1 outside the layers) and the rest of a name."
     name = unwrapped(key).removesuffix('.weight')
     at = _LAYER.match(name)
-    if not at or _TOWER.search(at[1]): return '', -1, _outside(name)
+    if not at or apart and _TOWER.search(at[1]): return '', -1, _outside(name)
     stack = _words(at[1])
     if at[2] == 'layer' and stack[-1:] == ['encoder']: stack.pop() # BERT: the list inside its encoder
     return '.'.join(stack), int(at[3]), (at[2] + '.')*(at[2] in _NAMED) + at[4]
@@ -73,7 +73,7 @@ def _table() -> dict:
 
 _SHORT = _table()
 _ENDS = dict.fromkeys('''embed_tokens wte embed_in word_embeddings embeddings.word_embeddings embeddings.tok_embeddings embeddings tokens_embed shared embed
-    tok_embeddings w'''.split(), 'embed') | dict.fromkeys('''lm_head embed_out head output output_projection proj_out unembed lm_head.decoder cls.predictions.decoder predictions.decoder
+    tok_embeddings'''.split(), 'embed') | dict.fromkeys('''lm_head embed_out head output output_projection proj_out unembed lm_head.decoder cls.predictions.decoder predictions.decoder
     decoder vocab_projector generator_lm_head pred_layer.proj'''.split(), 'head')
 _LEAF = dict(gate_proj='gate', up_proj='up', down_proj='down', w1='gate', w3='up', w2='down', wi='up', wi_0='gate', wi_1='up', wo='down', linear_gate='gate')
 _EXPERT = re.compile(r'^(?:layer\.\d+\.)?((?:\w+\.)*?)experts\.(?:expert_)?(\d+)\.(.+)$')
@@ -166,7 +166,7 @@ def _lost(source) -> str:
     "Why a source is neither on the disk nor on the Hub."
     path = Path(source)
     if path.is_file() and path.suffix in ('.bin', '.pt', '.pth'): return 'pickled weights are not read; save the model once more with save_pretrained'
-    if path.is_file(): return 'no .safetensors file'
+    if path.is_file(): return 'no .safetensors file' + '; a GGUF file is opened by open_checkpoint'*(path.suffix == '.gguf')
     return 'no such folder or .safetensors file, and no Hub id of the form owner/name' + ('' if re.search(r'[/.]', str(source)) else f" (a Hub id has an owner, as in owner/{source})")
 
 # %% ../nbs/weights.ipynb #e5f87f92
@@ -174,14 +174,14 @@ def _fetch(source, revision) -> tuple:
     "Folder and safetensors files of a folder, a file, or a Hub repository."
     path = Path(source)
     if path.is_dir(): return path, ([] if (path/'adapter_config.json').is_file() and any(path.glob('adapter_model.*')) else _shards(path))
-    if path.is_file() and path.suffix == '.safetensors': return path.parent, [path]
+    if path.is_file() and path.suffix == '.safetensors': return path.parent, [path]*(path.name != 'adapter_model.safetensors' or not (path.parent/'adapter_config.json').is_file())
     at = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', str(source))
     if path.exists() or not at or str(source).startswith('.'): raise CheckpointMissing(f'{source}: {_lost(source)}')
     if at[2] and revision and at[2] != revision: raise CheckpointError(f'{source}: revision={revision!r} is another one')
     from huggingface_hub import snapshot_download # only here: a local run needs no Hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     wanted = ['*.safetensors', '*.safetensors.index.json', 'config.json', 'adapter_config.json']
-    try: return _fetch(snapshot_download(at[1], revision=at[2] or revision or None, allow_patterns=wanted, ignore_patterns=['original/*']), '')
+    try: return _fetch(snapshot_download(at[1], revision=at[2] or revision or None, allow_patterns=wanted, ignore_patterns=['original/*', 'consolidated*']), '')
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         if isinstance(e, Problem): raise
         raise CheckpointMissing(f"{source}: no such folder, and the Hub gives nothing: {str(e).strip().splitlines()[0]}") from e
@@ -423,25 +423,23 @@ _PACKED = ('U8', 'I8', 'I32', 'I64', 'U32', 'I16', 'F4')
 _SIGNS = {'.g_idx': 'GPTQ', '.qweight': 'AWQ or GPTQ', '.absmax': 'bitsandbytes (4 bit)', '.SCB': 'bitsandbytes (8 bit)', '.weight_format': 'bitsandbytes (8 bit)', '.weight_packed': 'compressed-tensors', '.weight_scale_2': 'NVFP4 (ModelOpt)',
           '.W_q': 'HQQ', '.codebooks': 'AQLM', '.weight._data': 'quanto or torchao', '.trellis': 'QTIP', '.qidxs': 'QuIP'}
 
-def _method(config) -> str:
-    for c in (config, config.get('text_config') or {}):
-        if q := c.get('quantization_config'): return str(q.get('quant_method', 'an unnamed method'))
-    return ''
+def _quantization(config) -> dict: return config.get('quantization_config') or (config.get('text_config') or {}).get('quantization_config') or {}
 
 def _refused(tensors, config) -> str:
     "The quantisation that is not read here, or ''."
     for end, name in _SIGNS.items():
         if any(t.key.endswith(end) for t in tensors): return name
-    method = _method(config)
+    q, keys = _quantization(config), {t.key for t in tensors}
+    method = str(q.get('quant_method', 'an unnamed method')) if q else ''
     blocks = {t.key.removesuffix('_blocks') for t in tensors if t.key.endswith('_blocks')}
     packed = [t for t in tensors if t.dtype in _PACKED and len(t.shape) > 1 and t.key.endswith(('weight', '_proj'))]
-    return (method or 'packed integers') if packed and method and not blocks else ''
+    scaled = any(f'{t.key}{end}' in keys for t in packed for end in ('_scale', '_scale_inv', '_scales'))
+    return (method or 'integers and scales') if packed and (method or scaled) and not blocks else ''
 
 def _scales_of(tensors, config) -> dict:
     "Key of an FP8 or MXFP4 weight -> (form, file, key of its scales, block)."
     by, out = {t.key: t for t in tensors}, {}
-    q = config.get('quantization_config') or {}
-    block = tuple(q.get('weight_block_size') or (128, 128))
+    block = tuple(_quantization(config).get('weight_block_size') or (128, 128))
     for t in tensors:
         if t.key.endswith('_blocks') and t.dtype == 'U8' and (s := by.get(t.key.removesuffix('_blocks') + '_scales')): out[t.key] = ('mxfp4', s.file, s.key, ())
         if t.dtype not in _FP8: continue
@@ -474,14 +472,15 @@ class _Sorted:
         scales = _scales_of(tensors, config)
         tables = {s[2] for s in scales.values()}
         self.source, self.scales, self.matrices, self.others, self.left, self.tables, stacks, plain = source, scales, [], {}, {}, [], {}, []
-        placed = [(t, *_split(t.key)) for t in tensors]
+        self.apart = any(_split(t.key)[1] >= 0 for t in tensors) # a vision model alone: its tower is the model
+        placed = [(t, *_split(t.key, self.apart)) for t in tensors]
         alone = {stack for t, stack, layer, _ in placed if layer >= 0 and not t.dtype.startswith('I')}
         self.lone = next(iter(alone)) if len(alone) == 1 else ''
         for t, *at in placed:
             stack, layer, rest = self.moved(*at)
             if t.key in tables: self.tables.append(t); self.left.setdefault('table', []).append(t); continue
             if layer >= 0 and (t.dtype in _FLOATS or t.key in scales) and (at := _fused(rest, t)): stacks.setdefault((stack, layer, *at[:2]), {})[at[2]] = t; continue
-            if layer >= 0 and self.flat(t, stack, layer, rest, config): continue
+            if layer >= 0 and (self.flat(t, stack, layer, rest, config) or self.piled(t, stack, layer, rest)): continue
             why = _reason(t, rest, scales)
             if why: self.left.setdefault(why, []).append(t); plain.append((t, stack, layer, rest)); continue
             self.add(t, stack, layer, _kind(rest) if layer >= 0 else _ENDS.get(rest, rest))
@@ -500,8 +499,10 @@ class _Sorted:
 
     def name(self, key) -> str:
         "The canonical name of a key that may not be in the files."
-        stack, layer, rest = self.moved(*_split(key))
+        stack, layer, rest = self.place(key)
         return _joined(stack, layer, _kind(rest) if layer >= 0 else _ENDS.get(rest, rest))
+
+    def place(self, key) -> tuple: return self.moved(*_split(key, self.apart))
 
     def add(self, t, stack, layer, kind): self.matrices.append(Matrix(_joined(stack, layer, kind), t.key, t.file, t.shape, t.dtype, layer, kind))
 
@@ -517,12 +518,20 @@ class _Sorted:
             self.matrices.append(Matrix(_joined(stack, layer, f'experts.{e}.{half}'), t.key, t.file, shape, t.dtype, layer, f'experts.{e}.{half}', -1, (0, e*rows, (e + 1)*rows, 1), half == 'down'))
         return True
 
+    def piled(self, t, stack, layer, rest) -> bool:
+        "Experts of another kind, such as those of an attention: one matrix each, as stored."
+        at = re.match(r'^(.*experts)\.(\w+)$', rest)
+        if not at or len(t.shape) != 3 or 0 in t.shape or t.dtype not in _FLOATS: return False
+        for e in range(t.shape[0]): self.matrices.append(Matrix(_joined(stack, layer, k := f'{at[1]}.{e}.{at[2]}'), t.key, t.file, t.shape[1:], t.dtype, layer, k, e))
+        return True
+
     def by_name(self) -> dict:
         "Canonical name -> `Matrix`, in model order."
         out = {}
         for m in self.matrices:
             if m.name in out: raise CheckpointError(f'{self.source}: {m.key} and {out[m.name].key} are both {m.name}')
             out[m.name] = m
+        if not out and 'lora' in self.left: raise CheckpointError(f'{self.source}: factors of an adapter, without the adapter_config.json that says their scale')
         if not out: raise CheckpointError(f'{self.source}: no 2-D floating-point weights in it')
         return {m.name: m for m in sorted(out.values(), key=_order)}
 
@@ -577,6 +586,7 @@ class Checkpoint:
         if twice: self.notes.append(f'{twice} tensors are in more than one shard; the last shard counts')
         extra = sorted(p.name for p in files[0].parent.glob('*.safetensors') if p not in files) if len(files) > 1 or files[0].name == 'model.safetensors' else []
         if extra: self.notes.append(f'not part of the model: {_few(extra)}')
+        if len(files) == 1 < len(whole := _numbered([files[0].name])): self.notes.append(f'one of {len(whole)} shards: the others are not read')
         self._sorted = found = _Sorted(self.source, list(tensors.values()), self.config)
         self.matrices, self.tied, self.copies, notes = _ends(found.by_name(), says_tied(self.config)) # name -> Matrix
         self.notes += notes
@@ -584,6 +594,9 @@ class Checkpoint:
         self.left_out = [(WHY[k], len(ts), sum(t.size for t in ts)) for k, ts in found.left.items()] # (why, tensors, parameters)
         forms = {s[0] for s in found.scales.values()}
         self.dequantized = ', '.join({'fp8': 'FP8 times its scales', 'mxfp4': 'MXFP4'}[f] for f in sorted(forms)) # '' where nothing was quantised
+        depth = (self.config.get('text_config') or self.config).get('num_hidden_layers')
+        if isinstance(depth, int) and (over := sorted({m.layer for m in self.matrices.values() if m.layer >= depth})):
+            self.notes.append(f'layers {over[0]} to {over[-1]} are beyond the {depth} of config.json: transformers leaves them out')
         if self.config.get('model_type') in _CONV1D: self.notes.append('stored as (inputs, outputs): left and right singular vectors change places')
 
     @property
@@ -718,7 +731,7 @@ def _paired_factors(tensors) -> tuple:
 # %% ../nbs/weights.ipynb #14c7a9d8
 def _expert_updates(base, module, A, B, config) -> dict: # name -> `Update`
     "The updates of all experts of a layer from one pair of factors."
-    stack, layer, rest = base._sorted.moved(*_split(module))
+    stack, layer, rest = base._sorted.place(module)
     start = _joined(stack, layer, '.'.join([w for w in rest.split('.') if w not in _BLOCKS] + ['']))
     mine = [m for n, m in base.matrices.items() if n.startswith(start)]
     count, given = len({m.name.rsplit('.', 1)[0] for m in mine}), (B.shape[0], A.shape[1])
