@@ -165,7 +165,7 @@ def _nothing(folder):
         return CheckpointMissing(f"{folder}: a Trainer's folder; give one of its checkpoints, such as {inner[-1]}")
     has = lambda pattern: next(folder.glob(pattern), None)
     if has('*.distcp') or has('*/*.distcp'): return CheckpointError(f'{folder}: shards of torch.distributed (.distcp) are not read; join them with accelerate merge-weights')
-    if has('global_step*') or has('zero_to_fp32.py'): return CheckpointError(f'{folder}: a DeepSpeed checkpoint; python zero_to_fp32.py . model --safe_serialization writes one that is read')
+    if has('global_step*') or has('zero_to_fp32.py'): return CheckpointError(f'{folder}: a DeepSpeed checkpoint; its zero_to_fp32.py with --safe_serialization writes one that is read')
     if f := has('*.bin') or has('*.pt') or has('*.pth'): return CheckpointError(f'{folder}: pickled weights ({f.suffix}) are not read; save the model once more with save_pretrained')
     if f := has('*.gguf'): return CheckpointMissing(f'{folder}: no .safetensors file in this folder; for its GGUF file give {f}')
     return CheckpointMissing(f'{folder}: no .safetensors file in this folder')
@@ -203,10 +203,13 @@ def _resolved(config:dict) -> dict:
     try: return CONFIG_MAPPING[config['model_type']].from_dict({k: v for k, v in config.items() if k not in ('auto_map', 'quantization_config')}).to_dict()
     except Exception: return config # a configuration of another version: what it says itself
 
+_PLAIN = ('llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe', 'gpt_oss') # what they say is what holds
+
 def says_tied(config:dict # of config.json
     ) -> bool|None:       # None where it does not say
     "Whether head and embedding are one matrix."
     if not config: return None
+    if config.get('model_type') in _PLAIN and isinstance(said := config.get('tie_word_embeddings'), bool): return said
     full = _resolved(config)
     said = full.get('tie_word_embeddings', (full.get('text_config') or {}).get('tie_word_embeddings'))
     return said if said is None else bool(said)
@@ -270,18 +273,18 @@ def _headers(file) -> list: # of `Stored`
     return [Stored(k, file, shape, dtype) for k, (dtype, shape, *_) in _inside(file).items()]
 
 # %% ../nbs/weights.ipynb #b7e2f016
-_DTYPES = dict(BF16=torch.bfloat16, F16=torch.float16, F32=torch.float32, F64=torch.float64, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2, I8=torch.int8, U8=torch.uint8, I16=torch.int16,
-               I32=torch.int32, I64=torch.int64, BOOL=torch.bool) | {n: d for n, t in dict(F8_E8M0='float8_e8m0fnu', U16='uint16', U32='uint32', U64='uint64', C64='complex64').items() if (d := getattr(torch, t, None))}
+_DTYPES = dict(BF16='bfloat16', F16='float16', F32='float32', F64='float64', F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2', F8_E8M0='float8_e8m0fnu', C64='complex64', BOOL='bool')
+_DTYPES |= {f'{k}{n}': f'{w}{n}' for k, w in (('I', 'int'), ('U', 'uint')) for n in (8, 16, 32, 64)}
 
 def _part(lo, hi, shape, first, last) -> tuple: return lo + first*((hi - lo)//shape[0]), lo + last*((hi - lo)//shape[0])
 
 def _bytes(file, key, index=-1, rows=None) -> torch.Tensor:
     "A tensor, one of a stack, or some rows (first, one past the last) of that."
     dtype, shape, lo, hi = _inside(file)[key]
-    if dtype not in _DTYPES: raise MatrixError(f'{file}: {key} is stored as {dtype}, which is not read')
+    if not hasattr(torch, _DTYPES.get(dtype, '')): raise MatrixError(f'{file}: {key} is stored as {dtype}, which is not read')
     if index >= 0: lo, hi, shape = *_part(lo, hi, shape, index, index + 1), shape[1:]
     if rows: lo, hi, shape = *_part(lo, hi, shape, *rows), (rows[1] - rows[0], *shape[1:])
-    T = torch.empty(shape, dtype=_DTYPES[dtype])
+    T = torch.empty(shape, dtype=getattr(torch, _DTYPES[dtype]))
     with open(file, 'rb', buffering=0) as f:
         f.seek(lo)
         left = memoryview(T.reshape(-1).view(torch.uint8).numpy())
@@ -600,7 +603,9 @@ def _copies(matrices) -> list:
 def _ends(matrices, said) -> tuple:
     "The matrices, whether head and embedding are one, copies of the embedding by name, and what is to be told."
     notes, copies = [], {}
-    if said is None: return matrices, 'embed' in matrices and 'head' not in matrices, {}, ['no config.json says whether head and embedding are tied: they are where there is no head']*('head' not in matrices)
+    if said is None:
+        if 'head' not in matrices: notes.append('no config.json says whether head and embedding are tied: they are where there is no head')
+        return matrices, 'embed' in matrices and 'head' not in matrices, {}, notes
     if said and 'head' in matrices and 'embed' not in matrices: # a save of shared tensors under the other name
         matrices = {'embed': matrices['head']._replace(name='embed', type='embed')} | {n: m for n, m in matrices.items() if n != 'head'}
     if said:
@@ -727,7 +732,8 @@ def _lora_config(folder) -> dict:
     config = _json(folder/'adapter_config.json')
     kind, start = str(config.get('peft_type') or 'LORA').upper(), str(config.get('init_lora_weights', True)).lower()
     if kind != 'LORA': raise CheckpointError(f'{folder}: an adapter of kind {kind}; LoRA is read: merge it (merge_and_unload) and save the model')
-    if start.startswith(('pissa', 'olora', 'loftq', 'corda', 'lora_ga')): raise CheckpointError(f'{folder}: init_lora_weights={start!r} changed the base, which is not in this folder; merge it (merge_and_unload) and save the model')
+    if start.startswith(('pissa', 'olora', 'loftq', 'corda', 'lora_ga')):
+        raise CheckpointError(f'{folder}: init_lora_weights={start!r} changed the base, which is not in this folder; merge it (merge_and_unload) and save the model')
     for k in ('layer_replication', 'alora_invocation_tokens', 'trainable_token_indices', 'use_qalora', 'arrow_config'):
         if config.get(k): raise CheckpointError(f'{folder}: {k} is not read; merge it (merge_and_unload) and save the model')
     if not (folder/'adapter_model.safetensors').is_file(): raise CheckpointError(f'{folder}: no adapter_model.safetensors; pickled adapters are not read')

@@ -284,6 +284,13 @@ def test_tied_with_two_copies(tmp_path):
     ck = Checkpoint(tmp_path) # transformers keeps both and warns
     assert not ck.tied and torch.equal(ck.read('head'), AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight)
 
+def test_plain_configurations_need_no_transformers():
+    for kind in weights._PLAIN:
+        for tied in (True, False):
+            c = dict(model_type=kind, tie_word_embeddings=tied)
+            assert says_tied(c) == tied == weights._resolved(c)['tie_word_embeddings']
+    assert says_tied(dict(model_type='qwen2')) is False and says_tied(dict(model_type='t5', tie_word_embeddings=False)) is True
+
 def test_nested_tying(tmp_path):
     for tied in (True, False):
         c = dict(model_type='llava', text_config=dict(model_type='llama', tie_word_embeddings=tied), vision_config=dict(model_type='clip_vision_model'))
