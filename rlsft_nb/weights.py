@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'WHY', 'unwrapped', 'canonical', 'safe_name', 'CheckpointError', 'CheckpointMissing', 'MatrixError',
-           'says_tied', 'Matrix', 'Stored', 'put_slice', 'scaled', 'unpacked', 'Update', 'update_factors', 'merged',
+           'says_tied', 'Matrix', 'Stored', 'put_slice', 'scaled', 'unpacked', 'Update', 'factors', 'merged',
            'read_matrix', 'kinds', 'select', 'Checkpoint', 'open_checkpoint', 'Common', 'common', 'paired']
 
 # %% ../nbs/weights.ipynb #5c542e83
@@ -350,7 +350,7 @@ class Update(NamedTuple):
     index: int = -1      # of the expert
     cut: tuple = ()      # (start, stop, step) of the outputs
 
-def update_factors(u:Update
+def factors(u:Update
     ) -> tuple:      # B (m, r), A (r, n) fp32, scale: the update is their product
     "The factors of an update, in the orientation of its matrix."
     A, B = _bytes(u.file, u.A).float(), _bytes(u.file, u.B).float()
@@ -362,7 +362,7 @@ def merged(W:torch.Tensor, # (m, n)
            u:Update
     ) -> torch.Tensor:     # (m, n), dtype of W
     "A matrix with its update."
-    (B, A, scale), wide = update_factors(u), torch.promote_types(W.dtype, torch.float32)
+    (B, A, scale), wide = factors(u), torch.promote_types(W.dtype, torch.float32)
     if (len(B), A.shape[1]) != tuple(W.shape): raise MatrixError(f'{u.file}: {u.A} and {u.B} make {len(B)} x {A.shape[1]}, the matrix is {tuple(W.shape)}')
     V = W.to(wide).addmm(B.to(wide), A.to(wide), alpha=scale)
     if u.magnitude:
@@ -632,6 +632,9 @@ class Checkpoint:
     def shapes(self) -> dict: return {n: m.shape for n, m in self.matrices.items()}
     def read(self, name:str, finite:bool=True) -> torch.Tensor: return read_matrix(self[name], finite)
     def read_other(self, name:str) -> torch.Tensor: return _tensor(self.others[name])
+    def factors(self, name:str) -> tuple|None: # as `factors`, of the update to one matrix of `base`; None where it has no such form, or is none
+        last = self[name].update[-1:]
+        return factors(last[0]) if self.base and last and not last[0].magnitude and self[name].file in self.files else None
     def groups(self) -> dict: return _groups(self.matrices.values())
     def name_of(self, key:str) -> str: return self._sorted.name(key)
     def __getitem__(self, name:str) -> Matrix:
@@ -851,13 +854,6 @@ def _places(self:Checkpoint, names) -> dict:
     return out
 
 # %% ../nbs/weights.ipynb #6fd3b05a
-@patch
-def factors(self:Checkpoint, name:str # canonical
-    ) -> tuple|None:                  # B (m, r), A (r, n) fp32, scale; None where the update has no such form, or is none
-    "The update of an adapter to one matrix of `base`."
-    last = self[name].update[-1:]
-    return update_factors(last[0]) if self.base and last and not last[0].magnitude and self[name].file in self.files else None
-
 @patch
 def written(self:Checkpoint, key:str # of `files`
     ) -> torch.Tensor|None:          # None where the bytes of the file are right
