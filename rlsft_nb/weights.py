@@ -253,7 +253,7 @@ def _broken(file, e):
     return CheckpointError(f"{file}: cut short or not a safetensors file ({' '.join(str(e).split())[:200]})")
 
 @lru_cache(64) # a file of 18,000 experts has a megabyte of names
-def _contents(file, size, changed) -> dict:
+def _contents(file, *stamp) -> dict:
     "Key -> (dtype, shape, first byte, one past the last) of every tensor in a file."
     try:
         with safe_open(file, 'pt'): pass # header, offsets and length are checked there
@@ -267,7 +267,7 @@ def _contents(file, size, changed) -> dict:
 def _inside(file) -> dict:
     try: at = os.stat(file)
     except OSError as e: raise CheckpointMissing(f'{file}: cannot be read ({e})') from e
-    return _contents(file, at.st_size, at.st_mtime_ns)
+    return _contents(file, at.st_ino, at.st_size, at.st_mtime_ns)
 
 def _headers(file) -> list: # of `Stored`
     return [Stored(k, file, shape, dtype) for k, (dtype, shape, *_) in _inside(file).items()]
