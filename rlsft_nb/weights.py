@@ -672,7 +672,7 @@ def _remarks(self:Checkpoint, files, twice) -> list:
     over = sorted({m.layer for m in self.matrices.values() if isinstance(depth, int) and m.layer >= depth})
     told = {'no config.json: the architecture is guessed from names and shapes': not self.config, f'{twice} tensors are in more than one shard; the last shard counts': twice,
             f'not part of the model: {_few(extra)}': extra, f'one of {shards} shards: the others are not read': len(files) == 1 < shards,
-            f'layers {over and over[0]} to {over and over[-1]} are beyond the {depth} of config.json: transformers leaves them out': over,
+            f'layers {over and over[0]} to {over and over[-1]} are beyond num_hidden_layers={depth} of config.json, as draft layers are': over,
             'stored as (inputs, outputs): left and right singular vectors change places': self.config.get('model_type') in _CONV1D}
     return [words for words, so in told.items() if so]
 
