@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, own_device, read_json, run_stage, runs_root, sha256_file, wilson, write_json
+from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, own_device, read_json, run_stage, runs_root, sha256_file, shipped, wilson, write_json
 from .game import OUTCOMES, hands, play, values, verify
 from .paper import _mapping
 
@@ -39,13 +39,14 @@ def find_gguf(package:str # an installed Python package that carries one GGUF fi
     if len(found) != 1: raise ModelError(f'model.path={package!r}: expected one .gguf file in the package, found {len(found)}')
     return found[0]
 
-def locate(model:str, # a file in params/ (goes first), a folder, a .gguf file, or a Hub id such as 'Qwen/Qwen2.5-7B-Instruct'
+def locate(model:str, # a file in params/ (goes first), one of its shipped checkpoints such as 'tiny:peak', a folder, a .gguf file, or a Hub id such as 'Qwen/Qwen2.5-7B-Instruct'
            cfg=None   # resolved parameters of `model`; read from params/ where None
     ) -> tuple:       # (folder or Hub id, revision or None, gguf file name or None)
     "Where the weights of `model` are."
     path, named = Path(model), model in models()
     if path.is_dir() and not named: return str(path), None, None
     if path.suffix == '.gguf' and path.is_file(): return str(path.parent), None, path.name
+    if ':' in model and model.split(':')[0] in models(): return str(shipped(model)), None, None
     if '/' in model:
         if model.count('/') > 1 or model.startswith(('/', '.', '~')): raise ModelError(f'model={model!r}: no such folder or file')
         return model, None, None
