@@ -710,21 +710,20 @@ def summary(self:Checkpoint) -> dict: # ready for JSON
                 adapter=dict(self.adapter), notes=list(self.notes))
 
 # %% ../nbs/weights.ipynb #f6b02d38
-def open_checkpoint(source,          # a file in params/, a folder, a .safetensors or .gguf file, or a Hub id; a `Checkpoint` stays what it is
+def open_checkpoint(source,          # a file in params/, one of its shipped checkpoints such as 'tiny:peak', a folder, a .safetensors or .gguf file, or a Hub id; a `Checkpoint` stays what it is
                     revision:str='', # of a Hub repository
                     cfg=None,        # resolved parameters, where `source` is their model
                     base=''          # of an adapter: a source, in place of the one it names
     ) -> Checkpoint:
     "The weights of a model, wherever they are."
     if isinstance(source, Checkpoint): return source
-    path = Path(source)
-    if path.is_dir() and str(source) not in models() or path.suffix == '.safetensors': return Checkpoint(source, revision, base)
-    if path.suffix != '.gguf' and str(source) not in models(): return Checkpoint(source, revision, base)
+    named = str(source).split(':')[0] in models()
+    if not named and Path(source).suffix != '.gguf': return Checkpoint(source, revision, base)
     from rlsft_nb.models import converted, locate # only here: they bring transformers along
     folder, own, gguf = locate(str(source), cfg)
-    if not gguf: return Checkpoint(folder, revision or own or '', base)
-    ck = Checkpoint(converted(Path(folder)/gguf))
-    ck.source, ck.dequantized = str(source), f'GGUF, converted to fp32 by transformers: {gguf}'
+    ck = Checkpoint(converted(Path(folder)/gguf) if gguf else folder, '' if gguf else revision or own or '', base)
+    if gguf: ck.dequantized = f'GGUF, converted to fp32 by transformers: {gguf}'
+    if Path(folder).is_dir(): ck.source = str(source) # a Hub id says more than a name in params/
     return ck
 
 # %% ../nbs/weights.ipynb #70d5b3e9
