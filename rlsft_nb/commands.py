@@ -147,7 +147,7 @@ def ended(work) -> int: # exit code, see `CODES`
     "What `work()` returns; its errors in one line."
     try:
         code = work()
-        sys.stdout.flush()
+        if sys.stdout: sys.stdout.flush() # it may be closed
         return code
     except KeyboardInterrupt: return _say('interrupted', 130)
     except BrokenPipeError: # what is left in the buffer goes nowhere at exit

@@ -1,5 +1,6 @@
 "The literal commands, as they are typed: in a terminal, a pipe, a loop and a Jupyter cell."
 import base64, hashlib, json, os, re, shutil, signal, subprocess, sys, time
+from contextlib import redirect_stdout
 import pexpect, pytest
 from rlsft_nb.core import ROOT, read_json
 
@@ -305,6 +306,7 @@ def test_errors_end_in_one_line(capsys):
     for e, code, line in ((KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space\nleft'), 1, 'OSError: [Errno 28] No space left'), (RuntimeError('out of memory'), 1, 'RuntimeError: out of memory'), (MemoryError(), 1, 'MemoryError: ')):
         assert ended(lambda: stop(e)) == code
         assert capsys.readouterr() == ('', f'{line.strip()}\n')
+    with redirect_stdout(None): assert ended(lambda: 0) == 0
     with pytest.raises(ZeroDivisionError): ended(lambda: 1/0) # a mistake of ours keeps its frames
 
 def test_a_missing_library_is_told_with_its_extra(monkeypatch, capsys):
