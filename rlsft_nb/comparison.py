@@ -16,7 +16,7 @@ import numpy as np, torch
 from scipy.stats import binom
 from torch import Tensor
 
-from .chance import bands, beyond, compared, entry_masks, first_order, first_order_principal, lead, null_update, random_angles, split_update, storage_noise, update_mask
+from .chance import NEAR, NULLS, TOP, bands, bf16_steps, beyond, compared, entry_masks, first_order, first_order_principal, intruders, lead, null_update, random_angles, split_update, storage_noise, update_mask
 from .core import gpus, map_items, own_device, runs_root
 from .matrices import (as_matrix, cluster_angles, clusters, decompose, full_precision, nested_angles, overlaps, principal_angles, singular_values,
                                structural_zeros, svd, svdvals, vector_angles)
@@ -30,8 +30,13 @@ def thinned(x, n=512) -> list:
     at = torch.linspace(0, len(x) - 1, min(n, len(x))).round().long() if len(x) else []
     return [float(f'{v:.5g}') for v in x[at].tolist()]
 
+def _numbers(ks) -> list: # one or many; those of numpy and torch as Python's own
+    ks = ks.tolist() if hasattr(ks, 'tolist') else ks
+    return [k.item() if hasattr(k, 'item') else k for k in (ks if isinstance(ks, (list, tuple, set, range)) else [ks])]
+
 def ranks(ks:list, p:int) -> list: # ascending, 1..p
     "Subspace sizes: an int is a number of directions, a float a fraction of p."
+    ks = _numbers(ks)
     bad = [k for k in ks if not (0 < k <= 1 if isinstance(k, float) else isinstance(k, int) and k >= 1)]
     if bad: raise ValueError(f'k={bad[0]!r}, expected a number of directions >= 1 or a fraction in 0..1')
     ks = [max(1, round(k*p)) if isinstance(k, float) else k for k in ks]
@@ -51,15 +56,19 @@ def _side(d, M, R, ks) -> dict:
 def _degrees(curves) -> dict: return {n: thinned(c.rad2deg()) for n, c in curves.items()}
 
 def _nulls(W0, D, S0, null, draws, g, masks, ks) -> dict:
-    "Numbers and curves of `draws` updates without structure."
-    got, s = [], singular_values(D) if null == 'orient' else None
+    "Numbers, curves and intruders of `draws` updates without structure."
+    got, new, s = [], [], singular_values(D) if null == 'orient' else None
     for _ in range(draws):
-        S = decompose(W := W0 + null_update(D, null, g, s))
-        numbers, curves = compared(S, S0, ks)
+        S = decompose(W := W0 + null_update(D, null, g, s, W0))
+        sides = overlaps(S, S0)
+        numbers, curves = compared(S, S0, ks, sides)
+        new.append(_strangers(sides))
         got.append((numbers | _lift(W, W0, masks), {n: c.rad2deg() for n, c in curves.items()} | dict(values=S.s - S0.s)))
     stack = {name: torch.stack([c[name] for _, c in got]) for name in got[0][1]}
     band = {name: dict(lo=thinned(x.quantile(.025, 0)), hi=thinned(x.quantile(.975, 0))) for name, x in stack.items()}
-    return dict(draws={n: [d[n] for d, _ in got] for n in got[0][0] if all(n in d for d, _ in got)}, curves=band)
+    return dict(draws={n: [d[n] for d, _ in got] for n in got[0][0] if all(n in d for d, _ in got)}, curves=band), {side: [x[side] for x in new] for side in 'UV'}
+
+def _strangers(sides) -> dict: return {side: intruders(M) for side, (M, _) in sides.items()}
 
 def _lift(W, W0, masks) -> dict:
     "The numbers of the update mask, where there are any."
@@ -80,19 +89,27 @@ def _first_order(W0, D, S0, g, ks) -> dict:
     return _degrees(curves)
 
 # %% ../nbs/comparison.ipynb #6861db00
+def _refuse(null, draws):
+    if null not in NULLS: raise ValueError(f'null={null!r}, expected one of {NULLS}')
+    if draws < 2: raise ValueError(f'draws={draws}, expected at least 2')
+
+def _draws_from(seed) -> torch.Generator: # torch takes 64 bits
+    return torch.Generator().manual_seed(seed if -2**63 <= seed < 2**64 else seed % 2**64)
+
 def measure(W:Tensor, W0:Tensor, # (m, n) float; the second is the reference
             ks:list=(.25,),    # as in `ranks`
-            null:str='shuffle',# 'shuffle' or 'orient'
+            null:str='shuffle',# one of `NULLS`
             draws:int=5,       # of the null, at least 2
-            seed:int=0
+            seed:int=0         # any whole number
     ) -> dict:                 # ready for JSON; angles in degrees
     "Everything this notebook measures about one matrix."
     if W.shape != W0.shape: raise ValueError(f'W has shape {tuple(W.shape)}, expected {tuple(W0.shape)} as W0')
-    if draws < 2: raise ValueError(f'draws={draws}, expected at least 2')
+    _refuse(null, draws)
     A, A0 = as_matrix(W), as_matrix(W0, 'W0')
-    D, S0, g = A - A0, decompose(A0), torch.Generator().manual_seed(seed)
+    D, S0, g = A - A0, decompose(A0), _draws_from(seed)
     out = dict(shape=list(W.shape), s0=thinned(S0.s), norm0=float(A0.norm()), norm=float(A.norm()), update=float(D.norm()), changed=bool(D.any()))
     if not D.any(): return out
+    if (zero := [name for name, X in (('a', A0), ('b', A)) if not X.any()]): return out | _spread(singular_values(D), D.shape) | dict(zero=zero[0])
     S, p = decompose(A), len(S0.s)
     dead = int((torch.minimum(S.s, S0.s) <= 1e-12*S0.s[0]).sum()) # directions that a matrix of lower rank does not have
     ks, sides = sorted({lead(S0.s), *ranks(ks, p)}), overlaps(S, S0)
@@ -100,15 +117,18 @@ def measure(W:Tensor, W0:Tensor, # (m, n) float; the second is the reference
     return out | _judged(A, A0, D, S, S0, null, draws, g, ks, sides)
 
 # %% ../nbs/comparison.ipynb #cc0d6187
+def _spread(sd, shape) -> dict: # singular values of an update
+    "How many directions an update has."
+    share = (sd**2).cumsum(0)/(sd**2).sum()
+    return dict(sd=thinned(sd), spectral=float(sd[0]), rank=int((sd > sd[0]*max(shape)*2**-52).sum()), rank90=int((share < .9).sum()) + 1)
+
 def _values(S, S0, D, sides) -> dict:
     "Singular values and their change; what the update is made of."
     ds, sd, tiny = S.s - S0.s, singular_values(D), 1e-300
-    share = (sd**2).cumsum(0)/(sd**2).sum()
     energy = {b: [float((x.s[at]**2).sum()/(x.s**2).sum().clamp(min=tiny)) for x in (S0, S)] for b, at in bands(len(ds)).items()} # before, after
     out = dict(energy=energy, ds=thinned(ds), shift=float(ds.norm()/S0.s.norm()), largest=float(ds.abs().max()))
     out |= dict(relative=float((ds.abs()/S0.s.clamp(min=tiny)).median()))
-    rank = dict(sd=thinned(sd), spectral=float(sd[0]), rank=int((sd > sd[0]*max(D.shape)*2**-52).sum()), rank90=int((share < .9).sum()) + 1)
-    return out | rank | dict(split=split_update(S, S0, float(D.norm()), sides))
+    return out | _spread(sd, D.shape) | dict(split=split_update(S, S0, float(D.norm()), sides))
 
 # %% ../nbs/comparison.ipynb #e621e69f
 def _angles(S, S0, D, ks, sides) -> dict:
@@ -124,10 +144,12 @@ def _angles(S, S0, D, ks, sides) -> dict:
 def _judged(A, A0, D, S, S0, null, draws, g, ks, sides) -> dict:
     "The measurement against every null."
     masks = entry_masks(A0, S0)
-    got, here = _nulls(A0, D, S0, null, draws, g, masks, ks), compared(S, S0, sides=sides)[0] | _lift(A, A0, masks)
+    (got, new), here = _nulls(A0, D, S0, null, draws, g, masks, ks), compared(S, S0, sides=sides)[0] | _lift(A, A0, masks)
     verdicts = {n: dict(here=x) | beyond(x, got['draws'][n]) for n, x in here.items() if n in got['draws']}
     others = dict(storage=_storage(A0, S0, g, ks), first_order=_first_order(A0, D, S0, g, ks))
-    return update_mask(A, A0, masks) | dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got)) | others
+    return update_mask(A, A0, masks) | dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got)) | others | dict(intruders=dict(top=TOP, near=NEAR, **_strangers(sides), null=new), steps=float(D.norm()/_rounding_size(A0)))
+
+def _rounding_size(A0): return (bf16_steps(A0)**2).sum().div(12).sqrt() # Frobenius norm of what rounding to bf16 adds
 
 # %% ../nbs/comparison.ipynb #41812b4d
 def end_alignment(E:Tensor, # (tokens, d) embedding
