@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BYTES', 'RECORD', 'NARROW', 'SHORT', 'KEPT', 'thinned', 'ranks', 'measure', 'end_alignment', 'coded_rank', 'as_coded',
            'room', 'device_of', 'processes', 'WorkerLost', 'map_sized', 'free_bytes', 'affordable', 'open_weights',
-           'factor_values', 'measure_pair', 'measure_ends', 'place', 'compare_others', 'chosen', 'compare', 'summary',
-           'median_interval', 'rotation', 'against']
+           'factor_values', 'measure_pair', 'measure_ends', 'place', 'spread_out', 'compare_others', 'chosen', 'opened',
+           'compare', 'summary', 'median_interval', 'rotation', 'against']
 
 # %% ../nbs/comparison.ipynb #a55005ca
 from datetime import timedelta
@@ -307,7 +307,7 @@ def place() -> tuple: # rank, number of ranks, what is odd about them
     if not 0 <= rank < world: raise ValueError(f'RANK={rank}, expected 0..{world - 1} (WORLD_SIZE={world})')
     return rank, world, f"rank {rank} of {world}: does its share, then waits for the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} (unset WORLD_SIZE where no launcher started this)"
 
-def _spread_out(fn, items, keep):
+def spread_out(fn, items, keep):
     "The part of the work that this rank does, and the end of that of all others."
     rank, world, odd = place()
     if odd: print(odd, file=sys.stderr, flush=True)
@@ -352,7 +352,7 @@ def chosen(A:Checkpoint, B:Checkpoint,
 # %% ../nbs/comparison.ipynb #bd1b32b3
 KEPT = 2 # raised when kept records change their meaning
 
-def _opened(sources, revisions, base) -> list: # of `Checkpoint`
+def opened(sources, revisions, base) -> list: # of `Checkpoint`
     "All checkpoints; an adapter whose base is not there is put on the first of them."
     found = [open_weights(sources[0], None, revisions[0], base)]
     for s, rev in zip(sources[1:], revisions[1:]):
@@ -382,14 +382,14 @@ def compare(a, b,             # reference and the other: anything that `open_wei
     "Measure every matrix that a pair of checkpoints has in common; what they do not share is listed."
     ks, draws, seed, workers = _numbers(ks), int(draws), int(seed), int(workers)
     _refuse(null, draws)
-    A, B = _opened((a, b), revisions, base)
+    A, B = opened((a, b), revisions, base)
     (names, left), settings = chosen(A, B, matrices, exclude), dict(ks=ks, null=null, draws=draws, seed=seed)
     for p in {min(A[n].shape) for n in names}: ranks(ks, p)
     key = hashlib.sha256(json.dumps([_print(A, B), settings, KEPT]).encode()).hexdigest()[:8]
     items, folder = _items(A, B, names, settings), Path(out or runs_root()/'spectra'/key)
     keep, extents = folder/f'matrices-{key}', {safe_name(n): _extent(A[n]) for n in names}
     workers = affordable(extents, workers, keep)
-    _spread_out('comparison.measure_pair', items, keep)
+    spread_out('comparison.measure_pair', items, keep)
     few = sum(elements for _, elements in extents.values()) < 2**23 # starting processes would take longer
     got = map_sized('comparison.measure_pair', items, extents, keep, 1 if few else workers, 'spectra')
     unread = {n: r['unread'] for n in names if 'unread' in (r := got[safe_name(n)])}
