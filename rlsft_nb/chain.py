@@ -157,7 +157,7 @@ def compare_chain(points:list,      # three or more checkpoints in the order the
     names = [n for n in per[0][0] if all(n in kept for kept, _ in per) and len({c[n].shape for c in cs}) == 1]
     if not names: raise CheckpointError('no matrix of one name and shape in all checkpoints')
     settings = dict(draws=draws, seed=seed)
-    key = hashlib.sha256(json.dumps(['chain', [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for c in cs for f in c.files], settings, KEPT]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps(['chain', [c.stamp() for c in cs], settings, KEPT]).encode()).hexdigest()[:8]
     folder = Path(out or runs_root()/'spectra'/key)/f'chain-{key}'
     items = {safe_name(n): ([c[n] for c in cs], [[c[o] for c in cs] for o in _same_shape(cs[0], names, n)[:draws]], draws, seed) for n in names}
     items = dict(sorted(items.items(), key=lambda w: -math.prod(w[1][0][0].shape)))

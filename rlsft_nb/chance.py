@@ -82,6 +82,7 @@ def null_update(D:Tensor, # (m, n) the update
     ) -> Tensor:          # (m, n), same Frobenius norm
     "The update with its structure destroyed."
     if null not in NULLS: raise ValueError(f'null={null!r}, expected one of {NULLS}')
+    if null == 'sized' and W0 is None: raise ValueError("null='sized' shuffles among weights of one size, so it needs W0")
     on = dict(generator=_source(g, D.device), device=D.device)
     rand = lambda *shape: torch.randn(*shape, dtype=D.dtype, **on)
     if null == 'shuffle': return D.flatten()[torch.randperm(D.numel(), **on)].reshape(D.shape)*rand(*D.shape).sign()

@@ -23,7 +23,7 @@ from .chance import NEAR, NULLS, TOP, bands, bf16_steps, beyond, compared, entry
 from .core import DiskError, Problem, gpus, make_dir, map_items, own_device, runs_root
 from .matrices import (as_matrix, cluster_angles, clusters, decompose, full_precision, nested_angles, overlaps, principal_angles, singular_values,
                                structural_zeros, svd, svdvals, vector_angles)
-from .weights import Checkpoint, CheckpointError, CheckpointMissing, MatrixError, common, factors, open_checkpoint, read_matrix, safe_name, select
+from .weights import Checkpoint, CheckpointError, MatrixError, common, factors, open_checkpoint, read_matrix, safe_name, select
 
 # %% ../nbs/comparison.ipynb #389c81cd
 def thinned(x, n=512) -> list:
@@ -287,10 +287,6 @@ def measure_pair(m0, m, ks, null, draws, seed, width) -> dict:
 def measure_ends(embed, head) -> dict: return end_alignment(*_read(embed, head))
 
 # %% ../nbs/comparison.ipynb #1cf0119f
-def _print(*checkpoints) -> list:
-    "What tells whether the files are still the same."
-    return [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for c in checkpoints for f in c.files]
-
 def _items(A, B, names, settings) -> dict:
     "The work, largest matrices first."
     width = A['embed'].shape[1] if 'embed' in A.matrices else max(min(A[n].shape) for n in names)
@@ -352,14 +348,14 @@ def chosen(A:Checkpoint, B:Checkpoint,
 # %% ../nbs/comparison.ipynb #bd1b32b3
 KEPT = 2 # raised when kept records change their meaning
 
-def opened(sources, revisions, base) -> list: # of `Checkpoint`
+def opened(sources:list, revisions:list, base='') -> list: # of `Checkpoint`
     "All checkpoints; an adapter whose base is not there is put on the first of them."
-    found = [open_weights(sources[0], None, revisions[0], base)]
-    for s, rev in zip(sources[1:], revisions[1:]):
+    found = []
+    for s, rev in zip(sources, revisions):
         try: found.append(open_weights(s, None, rev, base))
-        except CheckpointMissing:
-            if base or not (Path(str(s))/'adapter_config.json').is_file(): raise
-            found.append(open_weights(s, None, rev, sources[0]))
+        except Problem:
+            if base or not found or isinstance(s, Checkpoint) or not (Path(s)/'adapter_config.json').is_file(): raise
+            found.append(open_weights(s, None, rev, found[0]))
             found[-1].notes.append('the base that the adapter names is not here: it is put on the first checkpoint')
     return found
 
@@ -385,7 +381,7 @@ def compare(a, b,             # reference and the other: anything that `open_wei
     A, B = opened((a, b), revisions, base)
     (names, left), settings = chosen(A, B, matrices, exclude), dict(ks=ks, null=null, draws=draws, seed=seed)
     for p in {min(A[n].shape) for n in names}: ranks(ks, p)
-    key = hashlib.sha256(json.dumps([_print(A, B), settings, KEPT]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([A.stamp(), B.stamp(), settings, KEPT]).encode()).hexdigest()[:8]
     items, folder = _items(A, B, names, settings), Path(out or runs_root()/'spectra'/key)
     keep, extents = folder/f'matrices-{key}', {safe_name(n): _extent(A[n]) for n in names}
     workers = affordable(extents, workers, keep)
