@@ -212,7 +212,8 @@ def map_sized(fn:str, items:dict,
     "`map_items`; first what GPUs have room for, by as many processes as they hold, then the rest."
     if getattr(current_process(), '_inheriting', False): sys.exit(1) # a worker that runs a script without a guard: the parent says so
     try: return _map_sized(fn, items, extents, folder, workers, desc)
-    except BrokenProcessPool: raise WorkerLost('a worker process ended before its work was done: killed, perhaps for want of memory; or started by a script whose work does not '
+    except BrokenProcessPool:
+        raise WorkerLost('a worker process ended before its work was done: killed, perhaps for want of memory; or started by a script whose work does not '
                                                "stand below `if __name__ == '__main__':` (workers=1 needs no other process)") from None
 
 def _map_sized(fn, items, extents, folder, workers, desc):
@@ -352,9 +353,12 @@ def opened(sources:list, revisions:list, base='') -> list: # of `Checkpoint`
     "All checkpoints; an adapter whose base is not there is put on the first of them."
     found = []
     for s, rev in zip(sources, revisions):
-        try: found.append(open_weights(s, None, rev, base))
+        adapter = not isinstance(s, Checkpoint) and (not Path(s).exists() or (Path(s)/'adapter_config.json').is_file())
+        try: found.append(open_weights(s, None, rev, base if adapter else ''))
         except Problem:
-            if base or not found or isinstance(s, Checkpoint) or not (Path(s)/'adapter_config.json').is_file(): raise
+            if not adapter or not Path(s).exists() and not base: raise
+            if base: found.append(open_weights(s, None, rev)); continue # a Hub id that is no adapter
+            if not found: raise
             found.append(open_weights(s, None, rev, found[0]))
             found[-1].notes.append('the base that the adapter names is not here: it is put on the first checkpoint')
     return found

@@ -6,16 +6,16 @@
 __all__ = ['OKABE', 'GUIDE', 'RANGE', 'COLUMNS', 'GLOSSARY', 'SAYS', 'CHAIN_WORDS', 'positions', 'draw_values', 'draw_principal',
            'draw_vectors', 'guide_legend', 'panel_grid', 'long_side', 'fig_pair', 'fig_overview', 'left_out',
            'headline', 'how_much', 'where', 'notes', 'page', 'write_report', 'fig_chain', 'write_chain_report',
-           'chain_left', 'options', 'revisions', 'brief', 'main']
+           'chain_left', 'revisions', 'brief', 'main']
 
 # %% ../nbs/comparison_page.ipynb #19e0ddd7
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
-import argparse, base64, html, io, json, math, os, re, statistics, sys
+import base64, html, io, math, re, statistics, sys
 
 import numpy as np
 
-from .core import Problem, atomic_write, write_json
+from .commands import parser, run
+from .core import ParamError, atomic_write, write_json
 
 # %% ../nbs/comparison_page.ipynb #3b37616b
 OKABE = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000') # blue, vermilion, green, purple, orange, sky, black
@@ -359,42 +359,12 @@ def chain_left(found) -> str:
     return f"Left out: {'; '.join(said)}." if said else ''
 
 # %% ../nbs/comparison_page.ipynb #a5e105b0
-def _ks(text) -> list:
-    "Whole numbers of directions, or fractions of the rank with a dot."
-    try: return [float(k) if '.' in k else int(k) for k in text.split(',')]
-    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is no list such as 64,256 or 0.1,0.25') from None
-
-def options(p:argparse.ArgumentParser):
-    "What the command accepts; words of other rooms are written out, so that help needs none of them."
-    where = 'folder, .safetensors or .gguf file, adapter, Hub id (owner/name or owner/name@revision), or a file in params/'
-    p.add_argument('points', metavar='CHECKPOINT', nargs='+', help=f'two: the reference and the other; three or more: in the order they were made, such as BASE SFT RL. Each a {where}')
-    p.add_argument('--out', metavar='DIR', default='spectra', help='folder for records, figures and report (default: spectra)')
-    p.add_argument('--matrices', metavar='PATTERN', default='*', help="such as 'layers.0.*,head', or types such as 'q' or 'experts.*' (default: all)")
-    p.add_argument('--exclude', metavar='PATTERN', default='', help='matrices that are left out, as above')
-    p.add_argument('--revision', metavar='REV', action='append', default=[], help='of a Hub id; give it once for each Hub id, in their order')
-    p.add_argument('--base', default='', help='base of adapters, in place of the one they name')
-    p.add_argument('--k', type=_ks, default=[64, 256], help='subspace sizes (default: 64,256); with a dot: fractions of the rank. A quarter is always there')
-    p.add_argument('--null', choices=('shuffle', 'orient', 'sized'), default='shuffle', help='what chance is: shuffled entries, the same update turned at random, or entries shuffled among weights of one size (for updates as small as rounding)')
-    p.add_argument('--draws', type=int, default=5, help='updates drawn from the null for each matrix (default: 5)')
-    p.add_argument('--seed', type=int, default=0, help='of the null')
-    p.add_argument('--workers', type=int, default=max(1, (os.cpu_count() or 2)//2), help='processes (default: half the cores)')
-    p.add_argument('--json', action='store_true', help='print the summary as one JSON object and nothing else')
-    p.add_argument('--quiet', action='store_true', help='print nothing but errors')
-
-def _parser(prog):
-    p = argparse.ArgumentParser(prog=prog, description='What rotated between checkpoints, how far, and how far beyond chance.',
-        epilog='Memory: about 130 bytes for each element of the largest matrix and each worker, and 0.5 GiB a worker for the libraries. '
-               'Where there are GPUs, large matrices are measured there, as many at once as fit. '
-               'Matrices that were measured are not measured again. Under torchrun or accelerate launch (on CPUs with --multi_gpu) every rank takes its share. '
-               'Exit codes: 0 done, 1 an error, 2 wrong usage.')
-    options(p)
-    return p
-
-def revisions(points:list, given:list) -> list: # '' where none is given
+def revisions(points:list, given:list # sources; what was given for them
+    ) -> list:                        # '' where none is given
     "The revision of each source."
     if len(given) == len(points): return given
     hub = [not Path(s).exists() and '/' in s for s in points]
-    if given and len(given) != sum(hub): raise ValueError(f"--revision was given {len(given)} times for {sum(hub)} Hub ids: give it once for each, or write owner/name@revision")
+    if given and len(given) != sum(hub): raise ParamError(f"--revision was given {len(given)} times for {sum(hub)} Hub ids: give it once for each, or write owner/name@revision")
     left = iter(given)
     return [next(left) if given and h else '' for h in hub]
 
@@ -412,27 +382,27 @@ def brief(found:dict # from `compare` or `compare_chain`
     counts |= {f'{stat}_{v}': sum(r['verdicts'][stat]['verdict'] == v for r in turned) for stat in ('lead', 'values') for v in ('beyond', 'below')}
     return {k: found[k] for k in ('a', 'b', 'settings', 'left', 'others', 'unread', 'opened', 'ends')} | dict(said=[headline(found), how_much(found), where(found)], counts=counts, matrices=summary(found))
 
-def _found(o) -> tuple: # record; lines
+def _pair(o, points, rev) -> tuple: # record, files; lines
     from rlsft_nb.comparison import compare, place
-    rev = revisions(o.points, o.revision)
-    if len(o.points) > 2:
-        from rlsft_nb.chain import chain_sentence, compare_chain
-        found = compare_chain(o.points, o.out, o.matrices, o.exclude, o.draws, o.seed, o.workers, rev, o.base)
-        return found, [] if place()[0] else [*(chain_sentence(found, i) for i in range(len(o.points) - 2)), *[x for x in [chain_left(found)] if x], *write_chain_report(found, o.out)]
-    found = compare(*o.points, o.out, o.matrices, o.k, o.null, o.draws, o.seed, o.workers, o.exclude, rev, o.base)
+    found = compare(*points, o.out, o.matrices, o.k, o.null, o.draws, o.seed, o.workers, o.exclude, rev, o.base)
     return found, [] if place()[0] else [headline(found), how_much(found), where(found), *write_report(found, o.out)]
 
-def main(argv:list=None, prog:str='python -m rlsft_nb.spectra') -> int: # exit code
-    "`python -m rlsft_nb.spectra A B` and `... BASE SFT RL`."
-    p = _parser(prog)
-    o = p.parse_args(argv)
-    if len(o.points) < 2: p.error('expected two checkpoints or more')
-    try:
-        with redirect_stdout(sys.stderr), redirect_stderr(io.StringIO()) if o.quiet else nullcontext(): found, lines = _found(o) # nothing that a library prints gets between
-    except (Problem, ValueError, OSError, MemoryError) as e: print(f"{type(e).__name__}: {' '.join(str(e).split())}", file=sys.stderr); return 1
-    if o.json and lines: print(json.dumps(brief(found), allow_nan=False))
-    elif lines and not o.quiet: print(*lines, sep='\n')
-    return 0
+def _chain(o, points, rev) -> tuple:
+    from rlsft_nb.chain import chain_sentence, compare_chain
+    from rlsft_nb.comparison import place
+    found = compare_chain(points, o.out, o.matrices, o.exclude, o.draws, o.seed, o.workers, rev, o.base)
+    said = [chain_sentence(found, i) for i in range(len(points) - 2)] + [x for x in [chain_left(found)] if x]
+    return found, [] if place()[0] else [*said, *write_chain_report(found, o.out)]
+
+def _compare(o) -> tuple: # what `run` prints
+    points = [o.a, o.b, *o.more]
+    found, lines = (_chain if o.more else _pair)(o, points, revisions(points, o.revision))
+    o.json = o.json and bool(lines) # the first of several ranks speaks
+    return brief(found), '\n'.join(map(str, lines)), 0
+
+def main(argv:list=None) -> int: # exit code
+    "What rotated between two checkpoints (`A B`), or how each update stands to the one before it (`BASE SFT RL`)."
+    return run(parser('compare', 'python -m rlsft_nb.comparison_page').parse_args(argv), _compare)
 
 # %% ../nbs/comparison_page.ipynb #5d0c1a77
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

