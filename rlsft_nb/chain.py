@@ -15,10 +15,10 @@ from scipy.stats import norm, t as student
 from torch import Tensor
 
 from .chance import bf16_steps, null_update
-from .comparison import KEPT, affordable, chosen, compare_others, device_of, map_sized, opened, spread_out, thinned
+from .comparison import KEPT, affordable, chosen, compare_others, map_sized, opened, read_exact, spread_out, thinned
 from .core import runs_root
 from .matrices import as_matrix, decompose, singular_values
-from .weights import CheckpointError, MatrixError, read_matrix, safe_name
+from .weights import CheckpointError, MatrixError, safe_name
 
 # %% ../nbs/chain.ipynb #a4a4aa4f
 def stable_rank(s:Tensor # singular values, not all zero
@@ -89,10 +89,9 @@ def _inside(r) -> bool: # beyond both kinds of chance
 
 # %% ../nbs/chain.ipynb #8cc088b4
 def _update(a, b) -> tuple: # update, reference and other in fp64, as stored
-    A, B = (read_matrix(m) for m in (a, b))
+    A, B = (read_exact(m)[0] for m in (a, b))
     rows = min(len(A), len(B))
-    dev = device_of(min(a.shape), math.prod(a.shape))
-    A, B = (X[:rows].to(dev) for X in (A, B))
+    A, B = A[:rows], B[:rows]
     return as_matrix(B) - as_matrix(A), A, B
 
 def _step(D, A, B) -> dict:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BYTES', 'RECORD', 'NARROW', 'SHORT', 'KEPT', 'thinned', 'ranks', 'measure', 'end_alignment', 'coded_rank', 'as_coded',
            'room', 'device_of', 'processes', 'WorkerLost', 'map_sized', 'free_bytes', 'affordable', 'open_weights',
-           'factor_values', 'measure_pair', 'measure_ends', 'place', 'spread_out', 'compare_others', 'chosen', 'opened',
-           'compare', 'summary', 'median_interval', 'rotation', 'against']
+           'factor_values', 'read_exact', 'measure_pair', 'measure_ends', 'place', 'spread_out', 'compare_others',
+           'chosen', 'opened', 'compare', 'summary', 'median_interval', 'rotation', 'against']
 
 # %% ../nbs/comparison.ipynb #a55005ca
 from datetime import timedelta
@@ -264,17 +264,21 @@ def factor_values(B:Tensor, A:Tensor, # (m, r), (r, n), r at most min(m, n)
     s = svdvals(scale*R @ L.mT)
     return torch.cat([s, s.new_zeros(min(len(B), A.shape[1]) - len(s))])
 
-def _pair(m0, m) -> tuple:
-    "Both matrices, and the singular values of the update where an adapter gives them."
-    rows = min(m0.shape[0], m.shape[0]) # embeddings of two vocabularies: the common rows
-    plain = [u for u in m.update if not u.magnitude]
-    if not m.update or len(plain) < len(m.update): return *(W[:rows] for W in _read(m0, m)), None
-    W0, base = _read(m0, m._replace(update=()))
-    parts = [tuple(x.to(base.device) if torch.is_tensor(x) else x for x in factors(u)) for u in m.update]
+def read_exact(m) -> tuple: # the matrix; that of the base and the factors of its updates, where an adapter has them
+    "A matrix on its device; with an adapter, which rounds nothing, in fp64."
+    if not m.update or any(u.magnitude for u in m.update): return *_read(m), None, ()
+    base, = _read(m._replace(update=()))
+    parts = [(B.to(base.device), A.to(base.device), scale) for B, A, scale in map(factors, m.update)]
     W = base.double() + sum(scale*(B.double() @ A.double()) for B, A, scale in parts)
     if not W.isfinite().all(): raise MatrixError(f'{m.update[0].file}: the update of {m.name} holds NaN or infinity')
-    exact = len(parts) == 1 and torch.equal(W0, base) and len(parts[0][1]) <= min(W.shape)
-    return W0, W, factor_values(*parts[0]) if exact else None
+    return W, base, parts
+
+def _pair(m0, m) -> tuple:
+    "Both matrices, and the singular values of the update where an adapter gives them."
+    (W0, *_), (W, base, parts) = read_exact(m0), read_exact(m)
+    exact = not m0.update and len(parts) == 1 and torch.equal(W0, base) and len(parts[0][1]) <= min(W.shape)
+    rows = min(len(W0), len(W)) # embeddings of two vocabularies: the common rows
+    return W0[:rows], W[:rows], factor_values(*parts[0]) if exact else None
 
 def measure_pair(m0, m, ks, null, draws, seed, width) -> dict:
     "`measure` of a matrix in two checkpoints, read from their files; a worker function."
@@ -339,12 +343,12 @@ def chosen(A:Checkpoint, B:Checkpoint,
     text = lambda x: x if isinstance(x, str) else ','.join(map(str, x))
     both = common(A, B, text(matrices))
     names = [n for n in A.matrices if n in both.names or n in both.rows] + [n for n in both.names if n not in A.matrices]
-    try: out = set(select([*names, *both.only_a, *both.only_b, *both.shapes], text(exclude))) if text(exclude) else set()
+    try: out = select(list(dict.fromkeys([*A.matrices, *B.matrices, *names])), text(exclude)) if text(exclude) else []
     except CheckpointError as e: raise CheckpointError(str(e).replace('matrices=', 'exclude=', 1)) from None
     if not (kept := [n for n in names if n not in out]): raise CheckpointError(f'exclude={text(exclude)!r} leaves no matrix')
     rest = lambda ns: [n for n in ns if n not in out]
     return kept, dict(only_a=rest(both.only_a), only_b=rest(both.only_b), shapes={n: s for n, s in both.shapes.items() if n not in out and n not in both.rows},
-                      rows={n: dict(a=A[n].shape[0], b=B[n].shape[0], compared=r) for n, r in both.rows.items() if n not in out}, excluded=sorted(out))
+                      rows={n: dict(a=A[n].shape[0], b=B[n].shape[0], compared=r) for n, r in both.rows.items() if n not in out}, excluded=out)
 
 # %% ../nbs/comparison.ipynb #bd1b32b3
 KEPT = 2 # raised when kept records change their meaning
@@ -353,12 +357,12 @@ def opened(sources:list, revisions:list, base='') -> list: # of `Checkpoint`
     "All checkpoints; an adapter whose base is not there is put on the first of them."
     found = []
     for s, rev in zip(sources, revisions):
-        adapter = not isinstance(s, Checkpoint) and (not Path(s).exists() or (Path(s)/'adapter_config.json').is_file())
+        here = isinstance(s, Checkpoint) or Path(s).exists()
+        adapter = not here or not isinstance(s, Checkpoint) and (Path(s)/'adapter_config.json').is_file() # a Hub id may be one
         try: found.append(open_weights(s, None, rev, base if adapter else ''))
         except Problem:
-            if not adapter or not Path(s).exists() and not base: raise
-            if base: found.append(open_weights(s, None, rev)); continue # a Hub id that is no adapter
-            if not found: raise
+            if base and not here: found.append(open_weights(s, None, rev)); continue
+            if base or not here or not adapter or not found: raise
             found.append(open_weights(s, None, rev, found[0]))
             found[-1].notes.append('the base that the adapter names is not here: it is put on the first checkpoint')
     return found

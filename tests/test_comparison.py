@@ -384,7 +384,7 @@ def test_first_lines(tmp_path):
     assert main([str(tmp_path/'a'), str(tmp_path/'b'), '--out', str(tmp_path/'out'), '--workers', '1', '--exclude', 'layers.2.*']) == 0
     page = (tmp_path/'out'/'report.html').read_text()
     first = re.findall('<li>(.*?)</li>', page.split('class="first">')[1].split('</ul>')[0])
-    assert len(first) == 4 and first[0].startswith('16 matrices, 7 changed.') and 'chance alone gives 2.5 %' in first[1] and first[3].startswith('Left out: excluded: layers.2.q')
+    assert len(first) == 4 and first[0].startswith('16 matrices, 7 changed.') and 'chance alone gives 2.5 %' in first[1] and first[3].startswith('Left out: excluded: layers.2.q, layers.2.k, layers.2.v, ... (7 in all)')
     assert page.count('<dt>') == 6
 
 def test_json_and_quiet(tmp_path, env, capfd):
