@@ -36,15 +36,22 @@ def _ks(text) -> list:
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is no list such as 64,256 or 0.1,0.25') from None
 
 def _compare(p):
-    where = 'folder, .safetensors or .gguf file, Hub id, or a file in params/'
-    p.add_argument('a', metavar='A', help=f'the reference: {where}'); p.add_argument('b', metavar='B', help='the other checkpoint')
+    p.add_argument('a', metavar='A', help='the reference: folder, .safetensors or .gguf file, adapter, Hub id (owner/name or owner/name@revision), or a file in params/')
+    p.add_argument('b', metavar='B', help='the other checkpoint')
+    p.add_argument('more', metavar='C', nargs='*', help='further ones, in the order they were made, such as BASE SFT RL: how each update stands to the one before it')
     p.add_argument('--out', metavar='DIR', default='spectra', help='folder for records, figures and report (default: spectra)')
-    p.add_argument('--matrices', metavar='PATTERN', default='*', help="such as 'layers.0.*,head' (default: all)")
+    p.add_argument('--matrices', metavar='PATTERN', default='*', help="such as 'layers.0.*,head', or types such as 'q' or 'experts.*' (default: all)")
+    p.add_argument('--exclude', metavar='PATTERN', default='', help='matrices that are left out, as above')
+    p.add_argument('--revision', metavar='REV', action='append', default=[], help='of a Hub id; once for each Hub id, in their order')
+    p.add_argument('--base', default='', help='base of adapters, in place of the one they name')
     p.add_argument('--k', type=_ks, default=[64, 256], help='subspace sizes (default: 64,256); with a dot: fractions of the rank. A quarter is always there')
-    p.add_argument('--null', choices=('shuffle', 'orient'), default='shuffle', help='what chance is: shuffled entries, or the same update turned at random')
+    p.add_argument('--null', choices=('shuffle', 'orient', 'sized'), default='shuffle',
+                   help='what chance is: shuffled entries; the same update turned at random; entries shuffled among weights of one size, for updates as small as rounding')
     p.add_argument('--draws', type=int, default=5, help='updates drawn from the null for each matrix (default: 5)')
     p.add_argument('--seed', type=int, default=0, help='of the null')
-    p.add_argument('--workers', type=int, default=max(1, (os.cpu_count() or 2)//2), help='processes (default: half the cores)')
+    p.add_argument('--workers', type=int, default=max(1, (os.cpu_count() or 2)//2),
+                   help='processes (default: half the cores); each takes about 130 bytes for each element of its matrix and 0.5 GiB for the libraries. Large matrices go to GPUs, where there are some; under torchrun or accelerate launch (on CPUs with --multi_gpu) every rank takes its share')
+    _shared(p)
 
 def _restore(p):
     p.add_argument('--target', required=True, help='checkpoint to edit: folder or Hub id')
@@ -114,7 +121,7 @@ def _game(p):
 # %% ../nbs/commands.ipynb #c88ac77d
 OPTIONS = dict(compare=_compare, restore=_restore, game=_game, report=_report, plan=_plan, bench=_bench)
 COMMANDS = { # what follows `rlsft` -> (what it does, its function)
-    'compare': ('what rotated between checkpoints, how far, and how far beyond chance', 'spectra.main'),
+    'compare': ('what rotated between two checkpoints or more, how far, and how far beyond chance', 'comparison_page.main'),
     'restore': ('write a checkpoint with old directions put back into a new one', 'restore.main'),
     'game': ('the card game: solve, verify, prompt, export', 'cli.game'),
     'game export': ('write hands as a dataset', 'envs.export_main'),
