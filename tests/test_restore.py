@@ -271,7 +271,7 @@ def test_many_variants_are_each_as_alone(tmp_path, kind, monkeypatch):
     true, decomposed = edits.pair, []
     monkeypatch.setattr(surgery, 'pair', lambda *a: decomposed.append(a[2]) or true(*a))
     done = surgery.restore_all(tgt, ref, {tmp_path/n: v for n, v in variants.items()})
-    assert len(decomposed) == len(set(decomposed)) == len(restore.Checkpoint(tgt).matrices) # once each, whatever the number of variants
+    assert len(decomposed) == len(set(decomposed)) == len(surgery.Checkpoint(tgt).matrices) # once each, whatever the number of variants
     for n, v in variants.items():
         alone = surgery.restore(tgt, ref, tmp_path/f'{n}-alone', **v)
         a, b = tensors(tmp_path/n), tensors(tmp_path/f'{n}-alone')
@@ -447,7 +447,7 @@ def test_every_mode_on_a_gpu(shape, mode):
         want = edits.edit64(p, mode, lo, hi, 3)
         with GPU() as gpu:
             there = lambda *Ms: [M.to('cuda:0') for M in Ms]
-            q = edits.Pair(*there(p.W, p.W0), restore.Spectrum(*there(*p.a)), restore.Spectrum(*there(*p.a0)), p.dtype) # another decomposition would have other signs
+            q = edits.Pair(*there(p.W, p.W0), edits.Spectrum(*there(*p.a)), edits.Spectrum(*there(*p.a0)), p.dtype) # another decomposition would have other signs
             got = edits.edit64(q, mode, lo, hi, 3)
             assert got.is_cuda and not gpu.ran & {'linalg_svd', 'linalg_eigh', 'linalg_eigvalsh', 'linalg_svdvals'}
             told = edits.describe(q, got, mode, lo, hi) | dict(freedom=edits.freedom(q))
@@ -527,7 +527,7 @@ def test_narrow_matrices_stay_on_the_cpu():
 @pytest.mark.parametrize('keep', [8, 0])
 def test_a_workbench_with_a_gpu_is_the_one_without(tmp_path, monkeypatch, keep):
     (tgt, ref, _), cfg = pico_pair(tmp_path)
-    true = restore.load_lm
+    true = workbench.load_lm
     for name, by in (('ref', .02), ('other', .03)): # near the target, as checkpoints of one run are
         spoil(tmp_path/'tgt', lambda sd: save_file({k: v + by*v.std()*torch.randn(v.shape, generator=torch.Generator().manual_seed(len(k))) if v.ndim == 2 else v for k, v in sd.items()}, tmp_path/name/'model.safetensors', {'format': 'pt'}))
     cpu = workbench.Workbench(tgt, ref, cfg, like=str(tmp_path/'other'))

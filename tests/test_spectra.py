@@ -403,7 +403,7 @@ def test_workers_and_memory_are_in_the_help(capsys):
 
 def test_memory_is_bounded_by_the_largest_matrix(tmp_path, env):
     "Peak memory of many matrices is that of one, and below what the help says."
-    code = '''import sys, torch, rlsft_nb.spectra as s
+    code = '''import sys, torch, rlsft_nb.comparison as s
 from rlsft_nb.core import peak_mib
 from rlsft_nb.weights import Checkpoint
 s.decompose(torch.ones(4, 4)); before = peak_mib()
