@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'WHY', 'unwrapped', 'canonical', 'safe_name', 'CheckpointError', 'CheckpointMissing', 'MatrixError',
            'says_tied', 'Matrix', 'Stored', 'put_slice', 'scaled', 'unpacked', 'Update', 'factors', 'merged',
-           'read_matrix', 'Checkpoint', 'kinds', 'select', 'Common', 'common', 'paired', 'open_checkpoint']
+           'read_matrix', 'Checkpoint', 'kinds', 'select', 'open_checkpoint', 'Common', 'common', 'paired']
 
 # %% ../nbs/weights.ipynb #5c542e83
 import json, math, re
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 
 from .core import Problem, models
@@ -171,7 +172,7 @@ def _lost(source) -> str:
 def _fetch(source, revision) -> tuple:
     "Folder and safetensors files of a folder, a file, or a Hub repository."
     path = Path(source)
-    if path.is_dir(): return path, (_shards(path) if not (path/'adapter_config.json').is_file() else [])
+    if path.is_dir(): return path, ([] if (path/'adapter_config.json').is_file() and any(path.glob('adapter_model.*')) else _shards(path))
     if path.is_file() and path.suffix == '.safetensors': return path.parent, [path]
     at = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', str(source))
     if path.exists() or not at or str(source).startswith('.'): raise CheckpointMissing(f'{source}: {_lost(source)}')
@@ -532,7 +533,10 @@ class Checkpoint:
                  base=''):            # of an adapter: another source, in place of the one it names
         self.source, self.revision, self.notes = str(source), revision, []
         self.home, files = _fetch(source, revision)
-        self._read(files)
+        self.base, self.adapter = None, {} # of an adapter: the `Checkpoint` below it, and what is told of it
+        if files: self._read(files)
+        else: self._merge(base)
+        if files and base: raise CheckpointError(f'{source}: base={str(base)!r} is for an adapter, and this is none')
 
     def _read(self, files):
         config = self.home/'config.json'
@@ -557,7 +561,11 @@ class Checkpoint:
     @property
     def headless(self) -> bool: return 'embed' in self.matrices and 'head' not in self.matrices and not self.tied
     @property
-    def writable(self) -> str: return f'{self.source}: its weights are quantised ({self.dequantized}); edits are not written into them' if self.dequantized else ''
+    def unwritable(self) -> str: # '' where an edited copy can be written
+        if self.dequantized: return f'{self.source}: its weights are quantised ({self.dequantized}); edits are not written into them'
+        return f'{self.source}: its adapter unties head and embedding, which its base stores as one' if self.base and self.base.tied and not self.tied else ''
+    @property
+    def writable(self) -> bool: return not self.unwritable
     def names(self, pattern:str='*') -> list: return select(list(self.matrices), pattern)
     def text(self) -> str: # without vision tower, projector and cross-attention, where there are any
         "A pattern of the matrices with a part in text."
@@ -566,6 +574,21 @@ class Checkpoint:
     def shapes(self) -> dict: return {n: m.shape for n, m in self.matrices.items()}
     def read(self, name:str, finite:bool=True) -> torch.Tensor: return read_matrix(self[name], finite)
     def read_other(self, name:str) -> torch.Tensor: return _tensor(self.others[name])
+    def factors(self, name:str) -> tuple|None: # B (m, r), A (r, n), scale; None where the update has no such form, or is none
+        "The update of an adapter to one matrix of `base`."
+        last = self[name].update[-1:]
+        return factors(last[0]) if self.base and last and not last[0].magnitude and self[name].file in self.files else None
+    def written(self, key:str) -> torch.Tensor|None: # None where the bytes of the file are right
+        "The tensor that stands for `key` of `files` once the adapter is merged."
+        if not self.base or key not in self._touched: return None
+        place, names = self._touched[key]
+        T = _tensor(place)
+        for n in names: put_slice(T, self.base[n], self.read(n))
+        return T
+    def stamp(self) -> list: # [path, bytes, time of change]
+        "What tells whether the files are still the same."
+        own = [self.home/n for n in ('adapter_config.json', 'adapter_model.safetensors')]*bool(self.base)
+        return [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for f in (*self.files, *own)]
     def groups(self) -> dict: return _groups(self.matrices.values())
     def name_of(self, key:str) -> str: return self._sorted.name(key)
     def summary(self) -> dict: # ready for JSON
@@ -573,7 +596,7 @@ class Checkpoint:
         left = sum(n for *_, n in self.left_out)
         return dict(source=self.source, revision=self.revision, model_type=self.config.get('model_type', ''), matrices=len(self.matrices), others=len(self.others), parameters=self.size,
                     tied=self.tied, headless=self.headless, left_out=[dict(why=w, tensors=t, parameters=n) for w, t, n in self.left_out], share_left_out=left/self.size if self.size else 0.,
-                    dequantized=self.dequantized, notes=list(self.notes))
+                    dequantized=self.dequantized, adapter=dict(self.adapter), notes=list(self.notes))
     def __getitem__(self, name:str) -> Matrix:
         if name == 'head' and self.tied: name = 'embed'
         if name not in self.matrices: raise KeyError(f'{name!r} is no matrix of {self.source}; there are {_few(self.matrices)}')
@@ -615,6 +638,139 @@ def select(names:list,    # canonical names
     dead = [p for p in parts if not any(hit(n, p) for n in names)]
     if dead or not parts: raise CheckpointError(f'matrices={pattern!r}: {(dead or [pattern])[0]!r} matches none of {_few(kinds(names), 12)}')
     return [n for n in names if any(hit(n, p) for p in parts)]
+
+# %% ../nbs/weights.ipynb #f6b02d38
+def open_checkpoint(source,          # a file in params/, a folder, a .safetensors or .gguf file, or a Hub id; a `Checkpoint` stays what it is
+                    revision:str='', # of a Hub repository
+                    cfg=None,        # resolved parameters, where `source` is their model
+                    base=''          # of an adapter: a source, in place of the one it names
+    ) -> Checkpoint:
+    "The weights of a model, wherever they are."
+    if isinstance(source, Checkpoint): return source
+    path = Path(source)
+    if path.is_dir() and str(source) not in models() or path.suffix == '.safetensors': return Checkpoint(source, revision, base)
+    if path.suffix != '.gguf' and str(source) not in models(): return Checkpoint(source, revision, base)
+    from rlsft_nb.models import converted, locate # only here: they bring transformers along
+    folder, own, gguf = locate(str(source), cfg)
+    if not gguf: return Checkpoint(folder, revision or own or '', base)
+    ck = Checkpoint(converted(Path(folder)/gguf))
+    ck.source, ck.dequantized = str(source), f'GGUF, converted to fp32 by transformers: {gguf}'
+    return ck
+
+# %% ../nbs/weights.ipynb #70d5b3e9
+_LORA = re.compile(r'^(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$')
+
+def _lora_config(folder) -> dict:
+    "The configuration of a LoRA adapter whose update is all that it does."
+    config = _json(folder/'adapter_config.json')
+    kind, start = str(config.get('peft_type') or 'LORA').upper(), str(config.get('init_lora_weights', True)).lower()
+    if kind != 'LORA': raise CheckpointError(f'{folder}: an adapter of kind {kind}; LoRA is read: merge it (merge_and_unload) and save the model')
+    if start.startswith(('pissa', 'olora', 'loftq', 'corda', 'lora_ga')): raise CheckpointError(f'{folder}: init_lora_weights={start!r} changed the base, which is not in this folder; merge it (merge_and_unload) and save the model')
+    for k in ('layer_replication', 'alora_invocation_tokens', 'trainable_token_indices', 'use_qalora', 'arrow_config'):
+        if config.get(k): raise CheckpointError(f'{folder}: {k} is not read; merge it (merge_and_unload) and save the model')
+    if not (folder/'adapter_model.safetensors').is_file(): raise CheckpointError(f'{folder}: no adapter_model.safetensors; pickled adapters are not read')
+    return config
+
+def _pattern(patterns, module, default):
+    "The entry of `rank_pattern` or `alpha_pattern` for a module, as PEFT finds it."
+    return next((v for k, v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', module)), default)
+
+def _scale(config, module, r) -> float:
+    alpha = _pattern(config.get('alpha_pattern'), module, config.get('lora_alpha', 8))
+    return alpha/(r**.5 if config.get('use_rslora') else r)
+
+def _paired_factors(tensors) -> tuple:
+    "(module, nesting) -> {'lora_A': `Stored`, ...}, and the other tensors of an adapter."
+    pairs, rest = {}, []
+    for t in tensors:
+        at = _LORA.match(t.key.removeprefix('base_model.model.'))
+        if at: pairs.setdefault((at[1].replace('.base_layer', ''), at[1].count('.base_layer')), {})[at[2].replace('embedding_', '')] = t
+        else: rest.append(t)
+    return pairs, rest
+
+# %% ../nbs/weights.ipynb #14c7a9d8
+def _expert_updates(base, module, A, B, config) -> dict: # name -> `Update`
+    "The updates of all experts of a layer from one pair of factors."
+    stack, layer, rest = base._sorted.moved(*_split(module))
+    start = _joined(stack, layer, '.'.join([w for w in rest.split('.') if w not in _BLOCKS] + ['']))
+    mine = [m for n, m in base.matrices.items() if n.startswith(start)]
+    count, given = len({m.name.rsplit('.', 1)[0] for m in mine}), (B.shape[0], A.shape[1])
+    for halves in (('gate', 'up'), ('down',), ('up',)):
+        ms = [m for m in mine if m.name.rsplit('.', 1)[1] in halves]
+        if not ms or {m.name.rsplit('.', 1)[1] for m in ms} != set(halves): continue
+        (rows, inputs), k = ms[0].shape, len(halves)
+        straight, turned = given == (k*rows, inputs), given == (inputs, k*rows)
+        if not straight and not turned: continue
+        if straight and turned: turned = ms[0].transposed and base.config.get('model_type', '').startswith('llama4') # the only turned stack that PEFT takes for straight
+        step, scale = ms[0].cut[3:] == (2,) and k == 2, _scale(config, module, A.shape[0]//count)
+        cuts = {h: (i, k*rows, 2) if step else (i*rows, (i + 1)*rows, 1) for i, h in enumerate(halves)}
+        return {m.name: Update(A.file, A.key, B.key, scale, turned, '', count, int(m.name.rsplit('.', 2)[1]), cuts[m.name.rsplit('.', 1)[1]]) for m in ms}
+    raise CheckpointError(f'{A.file}: {A.key} and {B.key} fit no experts of {base.source}')
+
+@patch
+def _merge(self:Checkpoint, base):
+    "Reads an adapter on its base."
+    config = _lora_config(self.home)
+    below, file = base or config.get('base_model_name_or_path') or '', self.home/'adapter_model.safetensors'
+    if not below: raise CheckpointError(f'{self.source}: an adapter that does not name its base; give base=')
+    try: self.base = below if isinstance(below, Checkpoint) else open_checkpoint(below, '' if base else config.get('revision') or '')
+    except Problem as e: raise type(e)(f'{self.source}: an adapter, and its base cannot be read ({e}); give base=') from e
+    for k in ('config', 'files', 'tied', 'copies', 'size', 'left_out', 'dequantized', '_sorted'): setattr(self, k, getattr(self.base, k))
+    self.matrices, self.others, self.notes = dict(self.base.matrices), dict(self.base.others), list(self.base.notes)
+    pairs, rest = _paired_factors(_headers(file))
+    targets, updates = set(), {}
+    for t in rest: targets.add(self._replace(t))
+    for (module, _), p in pairs.items():
+        if {'lora_A', 'lora_B'} - set(p): raise CheckpointError(f'{file}: {module} has {", ".join(p)}, expected both factors')
+        name = self.name_of(module + '.weight')
+        if re.search(r'experts$', name): updates |= _expert_updates(self.base, module, p['lora_A'], p['lora_B'], config)
+        else: updates[name] = self._update(name, module, p, config)
+    ends = {'embed', 'head'} & ({*updates, *targets})
+    if self.base.tied and ends and not config.get('ensure_weight_tying'): self._untie(updates, targets)
+    for n, u in updates.items():
+        if n not in self.matrices: raise CheckpointError(f'{file}: {n} is updated, which its base {self.base.source} does not have as a matrix')
+        self.matrices[n] = self.matrices[n]._replace(update=(*self.matrices[n].update, u))
+    self.matrices = {m.name: m for m in sorted(self.matrices.values(), key=_order)}
+    self._touched = self._places({*updates, *targets})
+    self.adapter = dict(kind='DoRA' if config.get('use_dora') else 'LoRA', base=self.base.source, updated=len(updates), replaced=sorted(targets), rank=max((p['lora_A'].shape[0] for p in pairs.values()), default=0))
+
+@patch
+def _update(self:Checkpoint, name, module, p, config) -> Update:
+    "The update of one module."
+    A, B, whole = p['lora_A'], p['lora_B'], p.get('lora_magnitude_vector')
+    table = '.lora_embedding_A' in A.key
+    if table and whole: raise CheckpointError(f'{A.file}: DoRA of an embedding is not read; merge it (merge_and_unload) and save the model')
+    turned = table or self.config.get('model_type') in _CONV1D and name not in ('embed', 'head') # `fan_in_fan_out` is ignored for other layers, by PEFT too
+    return Update(A.file, A.key, B.key, _scale(config, module, A.shape[0]), turned, whole.key if whole else '')
+
+@patch
+def _replace(self:Checkpoint, t) -> str:
+    "Takes over a tensor that the adapter holds in full."
+    name = self.name_of(t.key)
+    if name in self.matrices or len(t.shape) == 2 and t.dtype in _FLOATS and t.key.endswith('.weight'):
+        old = self.matrices.get(name) or (self.matrices['embed'] if name == 'head' and self.tied else None)
+        if old and (old.index >= 0 or old.cut): raise CheckpointError(f'{t.file}: {t.key} replaces part of a fused tensor, which is not read')
+        self.matrices[name] = Matrix(name, t.key, t.file, t.shape, t.dtype, old.layer if old else -1, old.type if old and old.name == name else name)
+    elif name in self.others: self.others[name] = t
+    else: raise CheckpointError(f'{t.file}: {t.key} is not read; merge it (merge_and_unload) and save the model')
+    return name
+
+@patch
+def _untie(self:Checkpoint, updates, targets):
+    "Head and embedding of a tied base, once an adapter works on one of them."
+    self.tied, self.copies = False, {}
+    if 'head' not in self.matrices: self.matrices['head'] = self.base.matrices['embed']._replace(name='head', type='head')
+    self.notes.append('the adapter works on one of two tied matrices: read as it computes; merge_and_unload would change both')
+
+@patch
+def _places(self:Checkpoint, names) -> dict:
+    "Key of `files` -> the tensor to start from, and the matrices to put into it."
+    out = {}
+    for n in names:
+        if m := self.base.matrices.get(n): out.setdefault(m.key, (Stored(m.key, m.file, (), m.dtype), []))[1].append(n)
+        elif n in self.base.others: out[self.base.others[n].key] = (self.others[n], [])
+    for m in self.copies.values() if 'embed' in names else (): out[m.key] = (Stored(m.key, m.file, (), m.dtype), ['embed'])
+    return out
 
 # %% ../nbs/weights.ipynb #3c69f52f
 class Common(NamedTuple):
@@ -661,21 +817,3 @@ def paired(a:Checkpoint,    # reference
         n, (s, t) = next(iter(both.shapes.items()))
         raise CheckpointError(f'{n} is {s} in {a.source} and {t} in {b.source}; {len(both.shapes)} of {len(both.names) + len(both.shapes)} differ')
     return both.names
-
-# %% ../nbs/weights.ipynb #f6b02d38
-def open_checkpoint(source,          # a file in params/, a folder, a .safetensors or .gguf file, or a Hub id; a `Checkpoint` stays what it is
-                    revision:str='', # of a Hub repository
-                    cfg=None,        # resolved parameters, where `source` is their model
-                    base=''          # of an adapter: a source, in place of the one it names
-    ) -> Checkpoint:
-    "The weights of a model, wherever they are."
-    if isinstance(source, Checkpoint): return source
-    path = Path(source)
-    if path.is_dir() and str(source) not in models() or path.suffix == '.safetensors': return Checkpoint(source, revision, base)
-    if path.suffix != '.gguf' and str(source) not in models(): return Checkpoint(source, revision, base)
-    from rlsft_nb.models import converted, locate # only here: they bring transformers along
-    folder, own, gguf = locate(str(source), cfg)
-    if not gguf: return Checkpoint(folder, revision or own or '', base)
-    ck = Checkpoint(converted(Path(folder)/gguf))
-    ck.source, ck.dequantized = str(source), f'GGUF, converted to fp32 by transformers: {gguf}'
-    return ck
