@@ -123,6 +123,8 @@ def _stored(exact, dtype, name):
     if not out.isfinite().all(): raise CheckpointError(f"{name}: {float(exact.flatten()[exact.abs().argmax()]):.4g} does not fit into the target's {str(dtype).split('.')[-1]}")
     return out
 
+def _place(ck): return ck.base or ck # where what is written has its place: an adapter's is its base's
+
 def _edit_matrix(tgt, ref, name, rows, jobs, deep, records):
     "Yields (variants, edited matrix) for `jobs` (variant -> its arguments); what was done is added to `records[variant]`."
     W, W0 = (ck.read(name)[:rows or None] for ck in (tgt, ref))
@@ -136,7 +138,7 @@ def _edit_matrix(tgt, ref, name, rows, jobs, deep, records):
         variants = [v for v in asked if asked[v] == a]
         told = describe(p, exact, *a[:3], deep, *a[4:]) | dict(freedom=freedom(p)) | (dict(rows=rows) if rows else {})
         for v in variants: records[v][name] = told
-        yield variants, _stored(exact, W.dtype, name)
+        yield variants, _stored(exact, _DTYPES[_place(tgt).matrices[name].dtype], name)
 
 # %% ../nbs/surgery.ipynb #7fb17517
 def _parts(ms, rows):
@@ -150,9 +152,9 @@ def _parts(ms, rows):
 
 def _edit_part(tgt, ref, first, last, found, rows, asked, deep, records):
     "Yields (variants, tensor) for a part of a stored tensor; where an adapter is merged, for every variant."
-    m0, new = tgt.matrices[found[0][0]], {}
+    m0, new = _place(tgt).matrices[found[0][0]], {}
     with safe_open(m0.file, 'pt') as f: T = f.get_slice(m0.key)[first:last]
-    own = [put_slice(T, m, tgt.read(name)) for name, m in found if tgt.matrices[name].update]
+    own = [put_slice(T, m, tgt.read(name)[:rows or None]) for name, m in found if name in _merged(tgt)]
     if own: yield set(records) - {v for name, _ in found for v in asked[name]}, T
     for name, m in found:
         for variants, W in _edit_matrix(tgt, ref, name, rows, asked[name], deep, records):
@@ -164,12 +166,18 @@ def _edit_part(tgt, ref, first, last, found, rows, asked, deep, records):
 def _read(t):
     with safe_open(t.file, 'pt') as f: return f.get_tensor(t.key)
 
-def _swap_vector(mine, theirs, name, variants, records):
+def _merged(ck) -> set:
+    "Names of what an adapter changes in its base."
+    return {n for own, base in ((ck.matrices, ck.base.matrices), (ck.others, ck.base.others)) for n in own if own[n] != base.get(n)} if ck.base else set()
+
+def _swap_vector(tgt, name, theirs, variants, records):
     "As `_edit_part`, for a vector of the reference in the target's dtype."
-    v, v0 = _read(mine), _read(theirs)
-    if torch.equal(v, v0.to(v.dtype)): return
-    for x in variants: records[x][name] = dict(shape=list(v.shape), mode='swap', norm=float(v.norm()), size=float((v0.double() - v.double()).norm()))
-    yield variants, _stored(v0, v.dtype, name)
+    v, dtype = _read(tgt.others[name]), _DTYPES[_place(tgt).others[name].dtype]
+    v0 = _read(theirs) if variants else v
+    if not torch.equal(v, v0.to(v.dtype)):
+        for x in variants: records[x][name] = dict(shape=list(v.shape), mode='swap', norm=float(v.norm()), size=float((v0.double() - v.double()).norm()))
+        yield variants, _stored(v0, dtype, name)
+    if name in _merged(tgt): yield set(records), v.to(dtype)
 
 # %% ../nbs/surgery.ipynb #edd60b4c
 def _vectors(ck):
@@ -225,7 +233,10 @@ def _bytes(m, variants=1): # fp64: W, W0, both bases, work; then what is written
 
 def _refuse(tgt):
     "`CheckpointError` where weights are stored in a form that is not written."
-    if tgt.writable and any(m.scales for m in tgt.matrices.values()): raise CheckpointError(tgt.writable)
+    if not tgt.writable and (tgt.base or any(m.scales for m in tgt.matrices.values())): raise CheckpointError(tgt.unwritable)
+    for n, m in tgt.matrices.items() if tgt.base else ():
+        if n not in tgt.base.matrices: raise CheckpointError(f'{tgt.source}: its base {tgt.base.source} has no {n}; merge the adapter (merge_and_unload) and save the model')
+        if m.shape != (s := tgt.base[n].shape): raise CheckpointError(f'{tgt.source}: {n} is {m.shape}, and {s} in its base; merge the adapter (merge_and_unload) and save the model')
 
 def plan(target, reference, # anything that `open_checkpoint` takes
          mode:str='directions', ranks=None, layers=None, types=None, strength:float=1., like:str='directions', exclude=None, common_rows:bool=False) -> dict:
@@ -309,10 +320,14 @@ def _workplace(out, job):
 _OTHER = ('*.bin', '*.bin.index.json', '*.h5', '*.msgpack', '*.gguf', '*.onnx', '*.onnx_data', '*.pt', '*.pth', '*.ckpt', '*.distcp', '*.pkl', '*.npz', 'model*.safetensors', 'consolidated*', 'adapter_*',
           '*-of-*.safetensors', '*.safetensors.index.json', 'trainer_state.json', 'events.out.*', 'restore.json', 'README.md')
 _FOLDERS = ('checkpoint-*', 'global_step*', 'original', 'onnx', 'openvino', 'gguf', 'runs', 'logs', 'wandb', '__pycache__')
+_TOKENIZER = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', '*.jinja', '*.tiktoken')
 _ALONE = ('*.json', '*.txt', '*.model', '*.jinja', '*.tiktoken') # of a folder in which one file was named
 
 def _beside(tgt) -> tuple: # of (path, where it goes); names of what stays
     "What is copied with the weights of a checkpoint."
+    if tgt.base: # the base's, with the adapter's tokenizer
+        (go, stay), mine = _beside(tgt.base), [f for f in sorted(Path(tgt.home).iterdir()) if f.is_file() and any(fnmatchcase(f.name, x) for x in _TOKENIZER)]
+        return [(f, name) for f, name in go if name not in {f.name for f in mine}] + [(f, f.name) for f in mine], stay
     home, own, go, stay = Path(tgt.home), {f.name for f in tgt.files}, [], []
     index = {f for f in home.glob('*.safetensors.index.json') if set(read_json(f).get('weight_map', {}).values()) == own and own != {'model.safetensors'}}
     means = lambda name, patterns: any(fnmatchcase(name, x) for x in patterns)
@@ -330,6 +345,7 @@ def _is_model(folder): # another checkpoint
 
 def _whole_home(tgt):
     "Fetch what lies beside the weights of a Hub repository."
+    if tgt.base: _whole_home(tgt.base)
     if Path(tgt.source).exists() or 'snapshots' not in Path(tgt.home).parts: return
     from huggingface_hub import snapshot_download # only for a Hub id
     repo, _, revision = tgt.source.partition('@')
@@ -367,13 +383,16 @@ def _jobs_of(tgt, ref, jobs, deep, records, chosen):
     for v, (some, *_) in chosen.items():
         for n in some: asked.setdefault((n, some[n]), {})[v] = jobs[v]
     rows = {n: r for n, r in asked}
-    for n, m in tgt.matrices.items():
-        if n in rows or m.update: by.setdefault((m.file, m.key), []).append(m)
+    changed = _merged(tgt)
+    for n, m in _place(tgt).matrices.items():
+        if n in rows or n in changed: by.setdefault((m.file, m.key), []).append(m)
     for (file, key), ms in by.items():
         part = lambda a, b, found, r: (a, b, partial(_edit_part, tgt, ref, a, b, found, r, {n: asked.get((n, r), {}) for n, _ in found}, deep, records))
         out.setdefault(file, {})[key] = [part(*p, rows.get(ms[0].name, 0)) for p in _parts(ms, rows.get(ms[0].name, 0))]
-    for n, (mine, theirs) in {n: at for v in chosen for n, at in chosen[v][1].items()}.items():
-        out.setdefault(mine.file, {})[mine.key] = [(0, None, partial(_swap_vector, mine, theirs, n, [v for v in chosen if n in chosen[v][1]], records))]
+    vectors = {n: None for n in changed & set(_place(tgt).others)} | {n: theirs for v in chosen for n, (_, theirs) in chosen[v][1].items()}
+    for n, theirs in vectors.items():
+        t = _place(tgt).others[n]
+        out.setdefault(t.file, {})[t.key] = [(0, None, partial(_swap_vector, tgt, n, theirs, [v for v in chosen if n in chosen[v][1]], records))]
     return out
 
 def _fill(parts, tgt, ref, jobs, deep):
@@ -392,10 +411,11 @@ def _fill(parts, tgt, ref, jobs, deep):
 def _copy_copies(tgt, part):
     "Further stored copies of a tied embedding made equal to it."
     at = lambda m: next((len(head) + lo, len(head) + hi) for head, spans in [_spans(part/m.file.name)] for k, lo, hi, _ in spans if k == m.key)
+    embed = _place(tgt).matrices.get('embed')
     for m in tgt.copies.values():
-        with open(part/tgt['embed'].file.name, 'rb') as f, open(part/m.file.name, 'r+b') as g:
+        with open(part/embed.file.name, 'rb') as f, open(part/m.file.name, 'r+b') as g:
             g.seek(at(m)[0])
-            _copy(f, [g], *at(tgt['embed']))
+            _copy(f, [g], *at(embed))
 
 # %% ../nbs/surgery.ipynb #98220113
 _PLAN = ('mode', 'ranks', 'layers', 'types', 'strength', 'like', 'exclude', 'common_rows') # what of a variant `plan` takes
@@ -404,10 +424,7 @@ def _whole_seed(seed):
     if not isinstance(seed, Integral) or isinstance(seed, bool): raise ValueError(f'seed={seed!r}; expected a whole number')
     return int(seed)
 
-def _stamps(files) -> list: # what tells whether files are still the same
-    return [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for f in files]
-
-def _sources(*cks): return [Path(c.home).resolve() for c in cks if Path(c.source).is_dir()]
+def _sources(*cks): return [Path(c.home).resolve() for ck in cks for c in (ck, ck.base) if c and Path(c.source).is_dir()]
 
 def restore_all(target,       # anything that `open_checkpoint` takes: a folder, a GGUF file, a Hub id, an adapter
                 reference,    # of the same architecture
@@ -426,10 +443,9 @@ def restore_all(target,       # anything that `open_checkpoint` takes: a folder,
     beside, stay = _beside(tgt)
     _fits(tgt, ref, asked)
     _enough(tgt, jobs, {n for job in asked.values() for n in _chosen(tgt, ref, **job)[0]}, [f for f, _ in beside])
-    stamp = _stamps([*tgt.files, *ref.files])
     with ExitStack() as stack:
         fixed = lambda job: {k: v for k, v in job.items() if k != 'memory_free_gib'}
-        parts = {out: stack.enter_context(_workplace(out, json.dumps([fixed(job), stamp, deep]))) for out, job in asked.items()}
+        parts = {out: stack.enter_context(_workplace(out, json.dumps([fixed(job), tgt.stamp(), ref.stamp(), deep]))) for out, job in asked.items()}
         for out, found in _fill(parts, tgt, ref, asked, deep).items():
             jobs[out] |= dict(edits=found) | (dict(not_copied=stay) if stay else {}) | told
             _copy_aux(tgt, parts[out])
@@ -458,6 +474,9 @@ def restore(target,                  # anything that `open_checkpoint` takes: a 
     return restore_all(target, reference, {out: asked | dict(seed=seed)})[out]
 
 # %% ../nbs/surgery.ipynb #a4bf04cd
+def _stamps(files) -> list: # what tells whether files are still the same
+    return [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for f in files]
+
 def _simple(x): return x if x is None or isinstance(x, (str, bytes, int, float, Path)) else [_simple(i) for i in x] if isinstance(x, (tuple, frozenset)) else type(x).__qualname__
 
 def _code(c) -> list: # of a code object, without the lines where it stands
@@ -531,7 +550,7 @@ def sweep(target,       # as in `restore`
         if not isinstance(n, str) or not n or n.startswith('.') or Path(n).name != n: raise ValueError(f'specs: {n!r} is no name for a file')
     if at_once < 1: raise ValueError(f'at_once={at_once!r}; expected 1 or more')
     specs = {n: {k: _plain(v) for k, v in s.items()} for n, s in (with_controls(specs) if controls else specs).items()}
-    made = dict(target=_stamps([*tgt.files, *(f for f, _ in _beside(tgt)[0])]), reference=_stamps(ref.files), score=key or made_by(score))
+    made = dict(target=tgt.stamp() + _stamps(f for f, _ in _beside(tgt)[0]), reference=ref.stamp(), score=key or made_by(score))
     want = {n: dict(spec=s, made=made) for n, s in specs.items()}
     path = lambda n: make_dir(folder)/f'{n}.json'
     todo = [n for n in specs if _record(path(n), want[n]) is None]
