@@ -135,7 +135,7 @@ def noise_level(beta:float # short side over long side, 0 < beta <= 1
 
 def noise_cut(p:Pair) -> float:
     "Singular values of the update of a pair below this are those of noise."
-    return noise_level(min(p.W.shape)/max(p.W.shape))*float(p.update[0].median())
+    return noise_level(min(p.W.shape)/max(p.W.shape))*float(p.update[0].quantile(.5))
 
 def _small(p, lo, hi, strength): # which of the update's directions lo..hi go
     s = p.update[0][lo:hi]

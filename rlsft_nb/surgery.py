@@ -189,14 +189,14 @@ def _inside(tgt, layers):
     "Beginnings of the names in these layers; ('',) for all."
     return ('',) if layers is None else tuple({m.name.removesuffix(m.type) for m in tgt.matrices.values() if m.layer in layers})
 
-def _lacking(tgt, ref, names, vectors, theirs, all_):
-    "Names that only one of two checkpoints has, told apart: (names to leave alone, why); what lies in a layer, or was asked for, is an error."
+def _lacking(tgt, ref, names, vectors, theirs, types, all_):
+    "What only one of two checkpoints has: (name to leave alone, why); what lies in a layer, or was asked for by its name, is an error."
     in_ref = lambda n: n in ref.matrices or n == 'head' and ref.tied
     left = []
     for ck, other, lost in ((tgt, ref, [n for n in names if not in_ref(n)] + [n for n in vectors if n not in theirs]),
                             (ref, tgt, [n for n in ref.matrices if n not in tgt.matrices and not (n == 'head' and tgt.tied)] if all_ else [])):
-        layer = lambda n: ck.matrices[n].layer if n in ck.matrices else 0 if 'layers.' in n else -1
-        bad = [n for n in lost if layer(n) >= 0 or not all_]
+        layer = lambda n: ck.matrices[n].layer if n in ck.matrices else 0 if n.startswith(_inside(ck, {m.layer for m in ck.matrices.values()} - {-1})) else -1
+        bad = [n for n in lost if layer(n) >= 0 or n in (types or [])]
         if bad: raise CheckpointError(f"{other.source} lacks {', '.join(kinds(bad)[:3]) if len(bad) > 3 else ', '.join(bad)}, which the {'target' if ck is tgt else 'reference'} has; choose by --layers and --types, or --exclude")
         left += [(n, f'not in {other.source}') for n in lost]
     return left
@@ -207,7 +207,7 @@ def _chosen(tgt, ref, layers=None, types=None, exclude=None, common_rows=False, 
     names = choose(list(tgt.matrices.values()), layers, types, None if types and set(types) == {'1d'} else exclude)
     vectors, theirs = (_vectors(tgt), _vectors(ref)) if types and '1d' in types else ({}, {})
     vectors = {n: t for n, t in vectors.items() if n.startswith(_inside(tgt, layers)) and not any(fnmatchcase(n, x) for x in parse_types(exclude) or [])}
-    left = _lacking(tgt, ref, names, vectors, theirs, layers is None and not set(types or []) - {'1d'} and not exclude)
+    left = _lacking(tgt, ref, names, vectors, theirs, types, layers is None and not set(types or []) - {'1d'} and not exclude)
     gone = {n for n, _ in left}
     rows = {n: 0 for n in names if n not in gone}
     for n in rows:
@@ -622,6 +622,19 @@ def _common(p):
     p.add_argument('--quiet', action='store_true', help='print nothing but errors')
     return p
 
+def _opened(a) -> tuple: # target, reference
+    "The sources of a command; `--base` goes to the adapters among them."
+    def one(source, revision):
+        local = Path(source).exists()
+        if not a.base or local and not (Path(source)/'adapter_config.json').is_file(): return open_checkpoint(source, revision)
+        try: return open_checkpoint(source, revision, base=a.base)
+        except CheckpointError:
+            if local: raise
+            return open_checkpoint(source, revision)
+    found = one(a.target, a.revision), one(a.reference, '')
+    if a.base and not any(c.base for c in found): raise ValueError(f'--base {a.base}: neither {a.target} nor {a.reference} is an adapter')
+    return found
+
 def _numbers_of(text) -> list:
     try: return [float(x) for x in text.split(',')]
     except ValueError: raise ValueError(f'strengths={text!r}: expected numbers such as 0,0.5,1') from None
@@ -658,7 +671,7 @@ def main(argv:list=None) -> int: # exit code
     p.add_argument('--dry-run', action='store_true', help='only say what would be changed')
     a = p.parse_args(argv)
     def work():
-        tgt, ref = open_checkpoint(a.target, a.revision, base=a.base), open_checkpoint(a.reference, base=a.base)
+        tgt, ref = _opened(a)
         how = dict(ranks=parse_ranks(a.rank) if a.rank else None, layers=a.layers, types=a.types, exclude=a.exclude, common_rows=a.common_rows, seed=a.seed)
         if a.strengths and not a.auto: raise ValueError('--strengths needs --auto')
         if a.auto and not a.dry_run: done = choose_strength(tgt, ref, a.out, a.auto, a.mode or 'blend', _numbers_of(a.strengths) if a.strengths else GRID, **how)
@@ -676,7 +689,7 @@ def main_sweep(argv:list=None) -> int: # exit code
     p.add_argument('--controls', action='store_true', help='also score what moves as far')
     a = p.parse_args(argv)
     def work():
-        tgt, ref = open_checkpoint(a.target, a.revision, base=a.base), open_checkpoint(a.reference, base=a.base)
+        tgt, ref = _opened(a)
         how = dict(mode=a.mode, ranks=parse_ranks(a.rank) if a.rank else None, layers=a.layers, types=a.types, exclude=a.exclude, common_rows=a.common_rows, seed=a.seed)
         got = sweep(tgt, ref, a.out, {f'{a.mode}-{s:g}': how | dict(strength=s) for s in _numbers_of(a.strengths)}, a.score, 1, a.controls)
         if a.json: print(json.dumps(got, indent=1))
