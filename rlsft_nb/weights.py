@@ -8,8 +8,9 @@ __all__ = ['TYPES', 'WHY', 'unwrapped', 'canonical', 'safe_name', 'CheckpointErr
            'read_matrix', 'Checkpoint', 'kinds', 'select', 'open_checkpoint', 'Common', 'common', 'paired']
 
 # %% ../nbs/weights.ipynb #5c542e83
-import json, math, re
+import json, math, os, re, struct
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -225,17 +226,6 @@ class Matrix(NamedTuple):
     scales: tuple = ()    # of quantised weights: (form, file, key, rows and columns of a block)
     update: tuple = ()    # of an adapter: `Update`s to add
 
-def _open(file):
-    "An open safetensors file."
-    try: return safe_open(file, 'pt')
-    except SafetensorError as e: raise _broken(file, e) from e
-    except OSError as e: raise CheckpointMissing(f'{file}: cannot be read ({e})') from e
-
-def _broken(file, e):
-    with open(file, 'rb') as f: start = f.read(40)
-    if start.startswith(b'version https://git-lfs'): return CheckpointError(f'{file}: a git-lfs pointer, not the weights; run git lfs pull')
-    return CheckpointError(f"{file}: cut short or not a safetensors file ({' '.join(str(e).split())[:200]})")
-
 class Stored(NamedTuple):
     "A tensor in a file."
     key: str
@@ -245,13 +235,54 @@ class Stored(NamedTuple):
     @property
     def size(self): return math.prod(self.shape)
 
+def _broken(file, e):
+    with open(file, 'rb') as f: start = f.read(40)
+    if start.startswith(b'version https://git-lfs'): return CheckpointError(f'{file}: a git-lfs pointer, not the weights; run git lfs pull')
+    return CheckpointError(f"{file}: cut short or not a safetensors file ({' '.join(str(e).split())[:200]})")
+
+@lru_cache(64) # a file of 18,000 experts has a megabyte of names
+def _contents(file, size, changed) -> dict:
+    "Key -> (dtype, shape, first byte, one past the last) of every tensor in a file."
+    try:
+        with safe_open(file, 'pt'): pass # header, offsets and length are checked there
+    except SafetensorError as e: raise _broken(file, e) from e
+    except OSError as e: raise CheckpointMissing(f'{file}: cannot be read ({e})') from e
+    with open(file, 'rb') as f:
+        start = struct.unpack('<Q', f.read(8))[0]
+        head = json.loads(f.read(start))
+    return {k: (v['dtype'], tuple(v['shape']), *(8 + start + o for o in v['data_offsets'])) for k, v in head.items() if k != '__metadata__'}
+
+def _inside(file) -> dict:
+    try: at = os.stat(file)
+    except OSError as e: raise CheckpointMissing(f'{file}: cannot be read ({e})') from e
+    return _contents(file, at.st_size, at.st_mtime_ns)
+
 def _headers(file) -> list: # of `Stored`
-    with _open(file) as f: return [Stored(k, file, tuple((s := f.get_slice(k)).get_shape()), s.get_dtype()) for k in f.keys()]
+    return [Stored(k, file, shape, dtype) for k, (dtype, shape, *_) in _inside(file).items()]
 
 # %% ../nbs/weights.ipynb #b7e2f016
+_DTYPES = dict(BF16=torch.bfloat16, F16=torch.float16, F32=torch.float32, F64=torch.float64, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2, I8=torch.int8, U8=torch.uint8, I16=torch.int16,
+               I32=torch.int32, I64=torch.int64, BOOL=torch.bool) | {n: d for n, t in dict(F8_E8M0='float8_e8m0fnu', U16='uint16', U32='uint32', U64='uint64', C64='complex64').items() if (d := getattr(torch, t, None))}
+
+def _part(lo, hi, shape, first, last) -> tuple: return lo + first*((hi - lo)//shape[0]), lo + last*((hi - lo)//shape[0])
+
+def _bytes(file, key, index=-1, rows=None) -> torch.Tensor:
+    "A tensor, one of a stack, or some rows (first, one past the last) of that."
+    dtype, shape, lo, hi = _inside(file)[key]
+    if dtype not in _DTYPES: raise MatrixError(f'{file}: {key} is stored as {dtype}, which is not read')
+    if index >= 0: lo, hi, shape = *_part(lo, hi, shape, index, index + 1), shape[1:]
+    if rows: lo, hi, shape = *_part(lo, hi, shape, *rows), (rows[1] - rows[0], *shape[1:])
+    T = torch.empty(shape, dtype=_DTYPES[dtype])
+    with open(file, 'rb', buffering=0) as f:
+        f.seek(lo)
+        left = memoryview(T.reshape(-1).view(torch.uint8).numpy())
+        while len(left) and (n := f.readinto(left)): left = left[n:]
+    if len(left): raise CheckpointError(f'{file}: cut short in {key}')
+    return T
+
 def _picked(T, m):
-    "The view of a full tensor, or of an open slice of one, that a matrix is; not yet turned."
-    T = T[m.index] if m.index >= 0 else T[:]
+    "The view of a full tensor that a matrix is; not yet turned."
+    T = T[m.index] if m.index >= 0 else T
     if not m.cut: return T
     axis, start, stop, step = m.cut
     return T[start:stop:step] if axis == 0 else T[:, start:stop:step]
@@ -309,7 +340,7 @@ class Update(NamedTuple):
 def factors(u:Update
     ) -> tuple:      # B (m, r), A (r, n) fp32, scale: the update is their product
     "The factors of an update, in the orientation of its matrix."
-    with _open(u.file) as f: A, B = f.get_tensor(u.A).float(), f.get_tensor(u.B).float()
+    A, B = _bytes(u.file, u.A).float(), _bytes(u.file, u.B).float()
     if u.experts: A, B = A.view(u.experts, -1, A.shape[1])[u.index], B.view(B.shape[0], -1, u.experts)[..., u.index]
     if u.turned: A, B = B.mT, A.mT
     return (B[slice(*u.cut)] if u.cut else B).contiguous(), A.contiguous(), u.scale
@@ -320,21 +351,19 @@ def merged(W:torch.Tensor, u:Update) -> torch.Tensor: # as W
     if (len(B), A.shape[1]) != tuple(W.shape): raise MatrixError(f'{u.file}: {u.A} and {u.B} make {len(B)} x {A.shape[1]}, the matrix is {tuple(W.shape)}')
     V = W.to(torch.promote_types(W.dtype, torch.float32)).addmm(B.to(torch.promote_types(W.dtype, torch.float32)), A.to(torch.promote_types(W.dtype, torch.float32)), alpha=scale)
     if u.magnitude:
-        with _open(u.file) as f: size = f.get_tensor(u.magnitude).to(V).flatten()
         axis = 0 if u.turned else 1 # the norm of what leads to one output
-        V = V*(size/V.norm(dim=axis)).unsqueeze(axis)
+        V = V*(_bytes(u.file, u.magnitude).to(V).flatten()/V.norm(dim=axis)).unsqueeze(axis)
     return V.to(W.dtype)
 
 # %% ../nbs/weights.ipynb #e99dc7ef
 def _whole(m) -> torch.Tensor:
     "A matrix from its file, dequantised, without its adapter."
-    plain = not m.scales and m.cut[3:] in ((), (1,)) # else the cut is taken in memory
-    with _open(m.file) as f: W = _picked(f.get_slice(m.key), m if plain else m._replace(cut=()))
+    rows = m.cut[1:3] if m.cut[:1] == (0,) and m.cut[3] == 1 and not m.scales else None # else the cut is taken in memory
+    W = _bytes(m.file, m.key, m.index, rows)
     if m.scales:
         form, file, key, block = m.scales
-        with _open(file) as f: s = f.get_slice(key)[m.index] if m.index >= 0 else f.get_tensor(key)
-        W = unpacked(W, s) if form == 'mxfp4' else scaled(W, s, block)
-    if not plain: W = _picked(W, m._replace(index=-1))
+        W = unpacked(W, _bytes(file, key, m.index)) if form == 'mxfp4' else scaled(W, _bytes(file, key, m.index), block)
+    if not rows: W = _picked(W, m._replace(index=-1))
     return W.mT.contiguous() if m.transposed else W.contiguous()
 
 def read_matrix(m:Matrix,         # from `Checkpoint`
@@ -501,9 +530,8 @@ class _Sorted:
 def _same(a, b) -> bool:
     "Whether two matrices of one shape hold the same numbers, read in parts."
     if a.shape != b.shape or a.dtype != b.dtype: return False
-    with _open(a.file) as f, _open(b.file) as g:
-        s, t = f.get_slice(a.key), g.get_slice(b.key)
-        return all(torch.equal(s[i:i + 4096], t[i:i + 4096]) for i in range(0, a.shape[0], 4096))
+    parts = ((i, min(i + 4096, a.shape[0])) for i in range(0, a.shape[0], 4096))
+    return all(torch.equal(*(_bytes(m.file, m.key, rows=at) for m in (a, b))) for at in parts)
 
 def _copies(matrices) -> list:
     "Names of further copies of the embedding: a tied head, and those of encoder and decoder."
@@ -603,8 +631,7 @@ class Checkpoint:
         return self.matrices[name]
     def __repr__(self): return f"Checkpoint({self.source!r}: {len(self.matrices)} matrices, {'tied' if self.tied else 'untied'})"
 
-def _tensor(t) -> torch.Tensor:
-    with _open(t.file) as f: return f.get_tensor(t.key)
+def _tensor(t) -> torch.Tensor: return _bytes(t.file, t.key)
 
 # %% ../nbs/weights.ipynb #71711499
 def _order(m) -> tuple:
@@ -789,8 +816,8 @@ def common(a:Checkpoint,    # reference
     ) -> Common:
     "The matrices that both checkpoints have, and the rest; `CheckpointError` where they have none in common."
     mine, theirs = _names(a, b), _names(b, a)
-    both = select(mine + [n for n in theirs if n not in set(mine)], pattern)
     first, second = set(mine), set(theirs)
+    both = select(mine + [n for n in theirs if n not in first], pattern)
     at = [n for n in both if n in first and n in second]
     shapes = {n: (a[n].shape, b[n].shape) for n in at if a[n].shape != b[n].shape}
     rows = {n: min(s[0], t[0]) for n, (s, t) in shapes.items() if n in ('embed', 'head') and s[1] == t[1]}
