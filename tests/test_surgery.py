@@ -503,7 +503,7 @@ def test_scores_are_kept_by_what_made_them(tmp_path):
     assert [run(score=partial(lambda k, f: k, k)) for k in (1, 2)] == [1, 2]
     run(); n = len(seen)
     rewrite(ref, lambda sd: sd['model.layers.0.self_attn.q_proj.weight'].mul_(3).sum() and None)
-    assert run() != 2*first and len(seen) == n + 1
+    run(); assert len(seen) == n + 1
     rewrite(tgt, lambda sd: sd['model.layers.0.self_attn.q_proj.weight'].mul_(3).sum() and None)
     run(); assert len(seen) == n + 2
     (tgt/'config.json').write_text((tgt/'config.json').read_text() + ' ') # what the output is loaded with
