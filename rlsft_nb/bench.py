@@ -9,7 +9,7 @@ __all__ = ['BENCHES', 'SMOLLM2', 'WIDE', 'PAIRS', 'PAIRS_GPU', 'PEERS', 'LAYER',
            'bench_shape', 'bench_spectra', 'smollm2_layer', 'bench_smollm2', 'peer', 'bench_peers', 'bench_ppo', 'main']
 
 # %% ../nbs/bench.ipynb #c8531eb7
-import argparse, importlib.util, math, os, random, shutil, statistics, subprocess, sys, tempfile, time
+import importlib.util, math, os, random, shutil, statistics, subprocess, sys, tempfile, time
 from fractions import Fraction
 from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from . import compare, comparison, edits, game, matrices, ppo, sft, surgery
+from .commands import parser, run
 from .core import load_params, threads, write_json
 from .models import ModelError, generate_ids, load_lm, stop_ids, save_lm
 
@@ -423,23 +424,18 @@ def bench_ppo():
     return dict(rows=a + b + c, ratios=dict(rollout_vs_one_at_a_time=rollout, step_vs_forward_a_turn=step, update_vs_grpo=update))
 
 # %% ../nbs/bench.ipynb #094fe9d8
-def _say(found):
+def _text(found) -> str: # the ratios last
     width = max(len(what) for what, *_ in found['rows'])
-    for what, value, unit in found['rows']: print(f'{what:<{width}}  {value:>12,.1f} {unit}')
-    for name, value in found['ratios'].items(): print(f'ratio {name} {value:.3g}')
+    return '\n'.join([f'{what:<{width}}  {value:>12,.1f} {unit}' for what, value, unit in found['rows']] + [f'ratio {name} {value:.3g}' for name, value in found['ratios'].items()])
+
+def _measured(o): # -> (rows and ratios, as text, exit code)
+    found = BENCHES[o.name]()
+    if isinstance(o.json, str): write_json(o.json, found)
+    return found, _text(found), 0
 
 def main(argv:list=None) -> int: # exit code
     "Runs one benchmark: `python -m rlsft_nb.bench NAME [--json FILE]`."
-    p = argparse.ArgumentParser(prog='python -m rlsft_nb.bench', description=__doc__)
-    p.add_argument('name', choices=list(BENCHES), help='what to measure')
-    p.add_argument('--json', metavar='FILE', help='also write rows and ratios here')
-    args = p.parse_args(argv)
-    found = BENCHES[args.name]()
-    _say(found)
-    try:
-        if args.json: write_json(args.json, found)
-    except OSError as e: p.exit(1, f'{e}\n')
-    return 0
+    return run(parser('bench', 'python -m rlsft_nb.bench').parse_args(argv), _measured)
 
 # %% ../nbs/bench.ipynb #38a388cb
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

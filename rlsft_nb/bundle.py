@@ -11,7 +11,7 @@ import argparse, hashlib, inspect, io, json, os, re, shutil, subprocess, sys, ta
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .core import ROOT, Problem, _git, load_params, make_dir, write_json
+from .core import ROOT, Problem, _git, load_params, make_dir, repository, write_json
 from .models import locate
 from .paper import _mapping
 
@@ -87,8 +87,9 @@ def unpack_script() -> str:
 # %% ../nbs/bundle.ipynb #a293256a
 def code_files() -> list: # paths below ROOT
     "The files of the repository."
+    root = repository()
     listed = _git('ls-files', '-co', '--exclude-standard').splitlines()
-    return [Path(p) for p in listed if (ROOT/p).is_file()] or [p.relative_to(ROOT) for f in ('nbs', 'rlsft_nb', 'params') for p in (ROOT/f).rglob('*') if p.is_file()]
+    return [Path(p) for p in listed if (root/p).is_file()] or [p.relative_to(root) for f in ('nbs', 'rlsft_nb', 'params') for p in (root/f).rglob('*') if p.is_file()]
 
 def weights_of(cfg, staging) -> tuple: # (folder or None, its place in the bundle, overrides that the target needs)
     "The weights of a model, as they are to lie in the bundle."
@@ -133,11 +134,11 @@ def fetch_wheels(folder, packages:list, python:str='', platform:str='', has:list
     for names in (lacking([f"{m['name']}=={m['version']}" for m in told], has, skip), packages):
         if names: _pip('download', *how, '--no-deps', '-d', str(folder), *names)
 
-def _required() -> list: # the requirements in settings.ini
+def _required() -> list: # the requirements in settings.ini of the package, of training and of the notebooks
     from configparser import ConfigParser
     ini = ConfigParser(delimiters=['='])
     ini.read(ROOT/'settings.ini', encoding='utf-8')
-    return ini['DEFAULT']['requirements'].split()
+    return [r for k in ('requirements', 'train_requirements', 'notebooks_requirements') for r in ini['DEFAULT'][k].split()]
 
 # %% ../nbs/bundle.ipynb #7eafa029
 INSTALL = '''#!/bin/sh
@@ -151,7 +152,7 @@ python=${{PYTHON:-python3}}
 mv above.pth "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 pip() {{ .venv/bin/python -m pip install -q --no-index --find-links ../wheels "$@"; }}
 pip -U {tools}
-pip --no-build-isolation --use-pep517 -e .{packages}
+pip --no-build-isolation --use-pep517 -e '.[train,notebooks]'{packages}
 echo "ready: cd $PWD && . .venv/bin/activate && export HF_HUB_OFFLINE=1 HF_HUB_CACHE=$(cd .. && pwd)/hub"
 echo "then:  papermill nbs/02_sft.ipynb -p model {model}{overrides}"
 '''
@@ -174,7 +175,7 @@ def pack(cfg,                   # of the model
          python:str='', platform:str='' # of the target, as pip names them
     ) -> dict:                  # bundle.json
     "Writes a bundle."
-    out, packages = Path(out), [cfg.model.path, 'gguf'] if cfg.model.source == 'gguf' else []
+    code, out, packages = code_files(), Path(out), [cfg.model.path, 'gguf'] if cfg.model.source == 'gguf' else []
     if out.exists() and any(out.iterdir()): raise BundleError(f'{out} is not empty; name a new folder')
     with tempfile.TemporaryDirectory() as d:
         here = Path(wheels or Path(d)/'wheels')
@@ -184,7 +185,7 @@ def pack(cfg,                   # of the model
         parts = Parts(make_dir(out), part_mib*2**20)
         with tarfile.open(fileobj=parts, mode='w|', bufsize=2**20) as tar:
             _text(tar, 'install.sh', _install(cfg, packages, overrides), 0o755)
-            for p in code_files(): tar.add(ROOT/p, f'code/{p}')
+            for p in code: tar.add(ROOT/p, f'code/{p}')
             for w in chosen: tar.add(here/w, f'wheels/{w}')
             if weights: tar.add(weights, place)
         parts.cut()

@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
-from .core import (ROOT, Markdown, ParamError, _cell, _near, cluster_interval, figures_dir, load_params, mcnemar, mean_spread, read_json, sha256_file,
+from .core import (Markdown, ParamError, _cell, near, cluster_interval, figures_dir, load_params, mcnemar, mean_spread, params_dir, read_json, sha256_file,
                           wilson)
 from .models import clusters
 from .ppo import AUTHORS, spearman
@@ -39,11 +39,11 @@ def _check_claim(c, sections):
     "Raise `ParamError` for a claim that could not be judged."
     where = f"params/claims.yaml: {c.get('id', c)}"
     kind = c.get('test', {}).get('kind')
-    if kind not in NEEDS: raise ParamError(f'{where}: test kind {kind!r}; {_near(kind, list(NEEDS))}')
+    if kind not in NEEDS: raise ParamError(f'{where}: test kind {kind!r}; {near(kind, list(NEEDS))}')
     lost = [f for f in (*FIELDS, *(MEASURED if kind != 'none' else ('why',))) if f not in c] + [f for f in NEEDS[kind] if f not in c['test']]
     if lost: raise ParamError(f'{where} has no {lost[0]!r}')
-    if kind != 'none' and c['measure'] not in MEASURES: raise ParamError(f"{where}: measure {c['measure']!r}; {_near(c['measure'], list(MEASURES))}")
-    if c['at'][0] not in sections: raise ParamError(f"{where}: at {c['at'][0]!r}; {_near(c['at'][0], list(sections))}")
+    if kind != 'none' and c['measure'] not in MEASURES: raise ParamError(f"{where}: measure {c['measure']!r}; {near(c['measure'], list(MEASURES))}")
+    if c['at'][0] not in sections: raise ParamError(f"{where}: at {c['at'][0]!r}; {near(c['at'][0], list(sections))}")
 
 # %% ../nbs/07_claims.ipynb #569c977b
 MEASURES = {} # name -> function; filled below
@@ -53,7 +53,7 @@ def measure(f):
     MEASURES[f.__name__] = f
     return f
 
-def load_claims(path=ROOT/'params'/'claims.yaml') -> dict: # conf, tests, records, sections, claims, numbers
+def load_claims(path=params_dir()/'claims.yaml') -> dict: # conf, tests, records, sections, claims, numbers
     "The list of claims, checked."
     told = yaml.safe_load(path.read_text(encoding='utf-8'))
     for c in told['claims']: _check_claim(c, told['sections'])

@@ -12,11 +12,13 @@ import html, io
 import ipywidgets as widgets
 from fastcore.basics import patch
 
-from .core import ParamError, Stage, _near, run_stage
+from .core import ParamError, Stage, near, run_stage
 from .models import clusters, score
 from .plan import _with
 from .edits import MODES
-from .restore import LOOK, _legend, _lines, _points, _rates, contests
+from .recovery import contests
+from .restoration import first_rates
+from .restoration_figures import LOOK, cell_points, reference_lines, shared_legend
 from .workbench import score_cell, workbench
 from .sft import curve_stage
 from .comparison import measure, open_weights
@@ -31,7 +33,7 @@ def checkpoints(cfg, seed:int,
     ) -> tuple:                           # two folders; the model's name for base
     "Two checkpoints of a model's own pipeline, made if need be."
     for which, name in (('target', target), ('reference', reference)):
-        if name not in NAMES: raise ParamError(f'{which}={name!r}; {_near(name, NAMES)}')
+        if name not in NAMES: raise ParamError(f'{which}={name!r}; {near(name, NAMES)}')
     if target == reference: raise ParamError(f'target={target!r} is the reference too: expected two checkpoints')
     at = (ppo if 'rl' in (target, reference) else sft).named(cfg, seed)
     return at[target], at[reference]
@@ -82,9 +84,9 @@ def record(self:Explorer) -> dict: # hands; target and reference: rates; tries: 
     "All that was tried, for JSON."
     whole = self.got['target']['edit']['distance']
     tests = contests(self.got, [(c, a, b) for a, b in self.tries for c in ('OOD', 'ID')], self.groups)
-    side = lambda n: dict(name=n, mode=self.got[n]['mode'], moved=self.got[n]['edit']['size']/whole if whole else 0.) | _rates(self.got[n])
+    side = lambda n: dict(name=n, mode=self.got[n]['mode'], moved=self.got[n]['edit']['size']/whole if whole else 0.) | first_rates(self.got[n])
     paired = lambda i: {t['accuracy']: {k: t[k] for k in ('gain', 'p', 'holm')} for t in tests[2*i:2*i + 2]}
-    return dict(hands=self.cfg.eval.hands, target=_rates(self.got['target']), reference=_rates(self.got['reference']),
+    return dict(hands=self.cfg.eval.hands, target=first_rates(self.got['target']), reference=first_rates(self.got['reference']),
                 tries=[dict(edit=side(a), beside=side(b)) | paired(i) for i, (a, b) in enumerate(self.tries)])
 
 # %% ../nbs/08_explore.ipynb #246b39a7
@@ -111,15 +113,15 @@ def fig_tries(record:dict, # of `Explorer.record`
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     far = max([1., *(t[side]['moved'] for t in record['tries'] for side in ('edit', 'beside'))])
     for ax, c in zip(axes, ('OOD', 'ID')):
-        _lines(ax, record, c)
+        reference_lines(ax, record, c)
         for i, t in enumerate(record['tries'], 1):
             a, b = t['edit'], t['beside']
             ax.plot([100*x['moved'] for x in (a, b)], [100*x[c]['rate'] for x in (a, b)], color='.8', lw=.8, zorder=0)
-            for x in (a, b): _points(ax, [100*x['moved']], [x], c, x['mode'], ls='')
+            for x in (a, b): cell_points(ax, [100*x['moved']], [x], c, x['mode'], ls='')
             ax.annotate(f' {i}', (100*a['moved'], 100*a[c]['rate']), fontsize=8)
         ax.set(xlim=(0, 110*far), xlabel='distance moved, % of the way to the reference', ylabel=f"{c} accuracy, % (n = {record['hands']}, validation hands)")
     fig.suptitle(title)
-    _legend(fig)
+    shared_legend(fig)
     return fig
 
 # %% ../nbs/08_explore.ipynb #931d7acf
@@ -130,7 +132,7 @@ def spectrum(self:Explorer, matrix:str,          # canonical name, such as layer
     ) -> dict:                                   # label -> what `fig_pair` draws
     "One matrix after an edit, between target and reference."
     bench = workbench(self.target, self.reference, self.cfg)
-    if matrix not in bench.pairs.here: raise ParamError(f'matrix={matrix!r}; {_near(matrix, bench.pairs.here)}')
+    if matrix not in bench.pairs.here: raise ParamError(f'matrix={matrix!r}; {near(matrix, bench.pairs.here)}')
     W, p = bench.tensor(matrix, mode, ranks, 'top', self.seed)[0], bench.pairs[matrix]
     found = {'reference, from the target': (p.W0, p.W), 'edit, from the target': (W, p.W), 'edit, from the reference': (W, p.W0)}
     return {n: dict(matrices={matrix: measure(A, B, draws=draws)}) for n, (A, B) in found.items()}

@@ -97,9 +97,9 @@ def check_asked(params:dict, # from `notebook_params`
                 where:str    # the notebook's name, for the message
     ) -> dict:               # name -> value of every parameter, defaults included
     "The parameters of a run; `ParamError` for an unknown name or model, or a wrong type."
-    from rlsft_nb.core import ParamError, _near, check_value, load_params
+    from rlsft_nb.core import ParamError, near, check_value, load_params
     for name, value in asked.items():
-        if name not in params: raise ParamError(f'unknown parameter {name!r} of {where}; {_near(name, list(params))}')
+        if name not in params: raise ParamError(f'unknown parameter {name!r} of {where}; {near(name, list(params))}')
         check_value(name, value, params[name][0])
     values = {k: default for k, (_, default) in params.items()} | asked
     if 'model' in values: load_params(values['model'], values.get('overrides'))
@@ -127,13 +127,13 @@ def _ours(path) -> bool:
 def complete(args:list # what follows the word papermill
     ) -> list:         # the same, with an output path where it lacked one
     "The arguments that papermill should have been given for one of our notebooks."
-    from rlsft_nb.core import ParamError, _near, make_dir
+    from rlsft_nb.core import ParamError, near, make_dir
     paths = parse_command(args).get('paths', ())
     args = switches(args, notebook_params(paths[0])) if paths and _ours(paths[0]) and Path(paths[0]).is_file() else list(args)
     cmd = parse_command(args)
     if not any(map(_ours, paths)) or len(paths) > 2 or any(cmd[o] for o in ('h', 'help', 'help_notebook', 'version')): return list(args)
     nb, out = paths[0], paths[1] if len(paths) == 2 else ''
-    if _ours(nb) and not Path(nb).is_file(): raise ParamError(f'no notebook {nb}; {_near(Path(nb).name, [p.name for p in NBS.glob("*.ipynb")])}')
+    if _ours(nb) and not Path(nb).is_file(): raise ParamError(f'no notebook {nb}; {near(Path(nb).name, [p.name for p in NBS.glob("*.ipynb")])}')
     asked = asked_params(cmd)
     values = check_asked(notebook_params(nb), asked, Path(nb).stem) if _ours(nb) else asked
     if out and NBS in Path(_filled(out, asked)).resolve().parents:
@@ -454,6 +454,9 @@ def refresh(names:list # notebooks such as 'core'; all where empty
 @click.option('--seeds', default=1, show_default=True, help='how many, from 0 on, side by side, with a summary')
 def main(task, names, model, seed, seeds):
     "Run the numbered notebooks; or make README.md; or refresh stored outputs; or look for drift."
+    from rlsft_nb.core import Problem, repository
+    try: repository()
+    except Problem as e: sys.exit(_refuse(e))
     if task == 'run': sys.exit(run_paper(model, seed, seeds))
     if task == 'readme': write_readme()
     if task == 'refresh': refresh(names)

@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'PRODUCTS', 'EIGEN', 'TH
            'grids_of', 'restore_hours', 'table', 'report', 'overrides_of', 'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
-import argparse, copy, json, math, shlex, sys
+import copy, json, math, shlex, sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,8 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from .core import ROOT, ParamError, Problem, _attr, _near, _plain, gpus, load_params, named_function
+from .commands import parser, run
+from .core import ParamError, Problem, _attr, near, _plain, gpus, load_params, named_function, params_dir, repository
 from .game import answer, feedback_turn, prompt, solve, values, verify
 from .models import ModelError, _class, locate
 from .paper import _mapping
@@ -34,7 +35,7 @@ def _read_config(where, revision, gguf): # of a GGUF file this takes a quarter o
 
 def config_of(cfg): # transformers' config
     "The architecture of a model, without its weights."
-    kept = ROOT/'params'/'shapes'/f'{cfg.name}.yaml'
+    kept = params_dir()/'shapes'/f'{cfg.name}.yaml'
     sizes = yaml.safe_load(kept.read_text(encoding='utf-8')) if kept.is_file() else {}
     if sizes.pop('repository', None) == cfg.model.path: return AutoConfig.for_model(**sizes)
     where, revision, gguf = locate(cfg.name, cfg)
@@ -192,9 +193,9 @@ def memory(cfg, stage:str, n:int) -> dict: # the part of the stage that needs mo
 def config_file(name:str) -> Path:
     "A file of params/accelerate/, or one of your own by its path."
     if name.endswith('.yaml') and Path(name).is_file(): return Path(name)
-    known = sorted(p.stem for p in (ROOT/'params'/'accelerate').glob('*.yaml'))
-    if name not in known: raise ParamError(f'launch.config={name!r} is no file in params/accelerate/; {_near(name, known)}')
-    return ROOT/'params'/'accelerate'/f'{name}.yaml'
+    known = sorted(p.stem for p in (params_dir()/'accelerate').glob('*.yaml'))
+    if name not in known: raise ParamError(f'launch.config={name!r} is no file in params/accelerate/; {near(name, known)}')
+    return params_dir()/'accelerate'/f'{name}.yaml'
 
 def _offloaded(cfg, s): # bytes that DeepSpeed keeps in the host's memory: fp32 weights and two moments
     how = yaml.safe_load(config_file(cfg.launch.config).read_text(encoding='utf-8')).get('deepspeed_config') or {}
@@ -399,28 +400,19 @@ def slurm(cfg, nodes:int=1, per_node:int=4, account:str='ACCOUNT', partition:str
              '--main_process_ip', '$MASTER_ADDR', '--main_process_port', '29500', '--rdzv_backend', 'c10d', '-m', '--', 'rlsft_nb.sft', '--model', cfg.name, '--seed', str(seed), '--overrides', shlex.quote(given)]
     hours = 2*sum(r['hours'] for r in table(over, per_node, 80)) + 1
     return SBATCH.format(name=f'rlsft-{cfg.name}', account=account, partition=partition, nodes=nodes, gpus=f'\n#SBATCH --gpus-per-node={per_node}' if has else '', cpus=4*per_node if has else max(per_node, cfg.workers),
-        mem=math.ceil(max(host_gib(cfg, s, per_node) for s in STAGES)*1.2), time=_time(hours), root=shlex.quote(str(ROOT)), bin=shlex.quote(str(Path(sys.executable).parent)),
+        mem=math.ceil(max(host_gib(cfg, s, per_node) for s in STAGES)*1.2), time=_time(hours), root=shlex.quote(str(repository())), bin=shlex.quote(str(Path(sys.executable).parent)),
         sft=MANY.format(launch=shlex.quote(' '.join(words))) if nodes > 1 else '', model=cfg.name, seed=seed, overrides=shlex.quote(f'overrides: {given}'))
 
 # %% ../nbs/plan.ipynb #c0228027
+def _asked(o): # -> (rows of `table`, as text, exit code)
+    cfg, n = load_params(o.model, _mapping(o.overrides, '--overrides')), o.gpus*o.nodes
+    if o.slurm: script = slurm(cfg, o.nodes, o.gpus, o.account, o.partition, o.seed); return dict(script=script), script.rstrip(), 0
+    rows = table(cfg, n, o.gib)
+    return dict(model=cfg.name, gpus=n, gib=o.gib, stages=rows), report(cfg, n, o.gib), 0 if all(r['fits'] for r in rows) else 1
+
 def main(argv:list=None) -> int: # exit code; 1 where something does not fit
     "Memory and hours of every stage of a model, or a script for Slurm."
-    p = argparse.ArgumentParser(prog='python -m rlsft_nb.plan', description=main.__doc__)
-    p.add_argument('model', help='a file in params/')
-    p.add_argument('--gpus', type=int, default=4, help='on each node')
-    p.add_argument('--gib', type=float, default=80., help='memory of each')
-    p.add_argument('--nodes', type=int, default=1)
-    p.add_argument('--overrides', default='{}', help='keys of params/base.yaml to change, in YAML')
-    p.add_argument('--slurm', action='store_true', help='print a script for sbatch')
-    p.add_argument('--account', default='ACCOUNT'); p.add_argument('--partition', default='PARTITION')
-    p.add_argument('--seed', type=int, default=0)
-    a = p.parse_args(argv)
-    if min(a.gpus, a.nodes, a.gib) < 1: p.error(f'--gpus {a.gpus} --nodes {a.nodes} --gib {a.gib:g}: expected at least 1 of each')
-    try: cfg = load_params(a.model, _mapping(a.overrides, '--overrides'))
-    except Problem as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 2
-    if a.slurm: print(slurm(cfg, a.nodes, a.gpus, a.account, a.partition, a.seed), end=''); return 0
-    print(report(cfg, a.gpus*a.nodes, a.gib))
-    return 0 if all(r['fits'] for r in table(cfg, a.gpus*a.nodes, a.gib)) else 1
+    return run(parser('plan', 'python -m rlsft_nb.plan').parse_args(argv), _asked)
 
 # %% ../nbs/plan.ipynb #38a388cb
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

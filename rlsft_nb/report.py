@@ -6,7 +6,7 @@
 __all__ = ['MARKS', 'png_size', 'figure', 'entry', 'template', 'content', 'page', 'main']
 
 # %% ../nbs/report.ipynb #a5ce304e
-import argparse, base64, struct, sys
+import base64, struct, sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import jinja2
 import yaml
 
 import rlsft_nb
-from .core import Problem, _plain, atomic_write, figures_dir, load_params, provenance, runs_root
+from .commands import parser, run
+from .core import _plain, atomic_write, figures_dir, load_params, provenance, runs_root
 from .paper import _mapping
 from .claims import VERDICTS, command, interval, judge_claims, load_claims, seeds_of, seeds_text, shown, tally, told
 
@@ -109,19 +110,14 @@ def page(model:str, overrides:dict=None) -> str: # HTML; see `content`
     return template().render(content(model, overrides))
 
 # %% ../nbs/report.ipynb #822442e0
+def _page(o): # -> (path and tally, as text, exit code)
+    c = content(o.model, _mapping(o.overrides, '--overrides'))
+    path = atomic_write(Path(o.out) if o.out else runs_root()/o.model/'report.html', template().render(c))
+    return dict(page=str(path), tally=c['tally']), f"{path}\n{', '.join(f'{n} {v}' for v, n in c['tally'].items())}", 0
+
 def main(argv:list=None) -> int: # exit code
     "`python -m rlsft_nb.report [--model tiny] [--out FILE] [--overrides YAML]`."
-    p = argparse.ArgumentParser(prog='python -m rlsft_nb.report', description='Write claims, verdicts, figures and provenance as one HTML page.')
-    p.add_argument('--model', default='tiny', help='a file in params/ (default: tiny)')
-    p.add_argument('--out', help='the file (default: report.html with the runs of the model)')
-    p.add_argument('--overrides', default='{}', help="keys of params/base.yaml that the runs had changed, such as '{eval: {hands: 200}}'")
-    a = p.parse_args(argv)
-    try:
-        c = content(a.model, _mapping(a.overrides, a.overrides))
-        path = atomic_write(Path(a.out) if a.out else runs_root()/a.model/'report.html', template().render(c))
-    except Problem as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
-    print(path, ', '.join(f'{n} {v}' for v, n in c['tally'].items()), sep='\n')
-    return 0
+    return run(parser('report', 'python -m rlsft_nb.report').parse_args(argv), _page)
 
 # %% ../nbs/report.ipynb #103a61f4
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__

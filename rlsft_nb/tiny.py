@@ -8,7 +8,7 @@ __all__ = ['QUESTION', 'GAME', 'READ', 'MAKE', 'CHAT', 'SPECIAL', 'cuts', 'phras
            'knowledge', 'corpus_sha', 'pack']
 
 # %% ../nbs/tiny.ipynb #0b771948
-import hashlib, math, os, random, re, time
+import hashlib, math, os, random, re, sys, time
 from pathlib import Path
 from string import Formatter
 
@@ -16,6 +16,7 @@ import torch, torch.distributed as dist
 from tokenizers import AddedToken, Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from .commands import Parser
 from .core import cluster_interval, progress, provenance, read_json, sha256_file, write_json
 from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, face_values, hands, multisets, solve, values, verify
 from .models import generate, load_lm, save_lm
@@ -213,17 +214,18 @@ def _resume(state, lm, opt) -> dict:
     return saved['log']
 
 # %% ../nbs/tiny.ipynb #0b03ed67
-def main():
+def main(argv:list=None) -> int: # exit code
     "`torchrun --nproc-per-node 2 -m rlsft_nb.tiny --out FOLDER --steps 4500`: one process of a training run."
-    import argparse
-    p = argparse.ArgumentParser(prog='rlsft_nb.tiny')
-    for name, kind, default in (('out', str, None), ('steps', int, 4500), ('seed', int, 0)): p.add_argument(f'--{name}', type=kind, default=default, required=default is None)
-    a = p.parse_args()
+    p = Parser(prog='python -m rlsft_nb.tiny', description='Trains the embedded base from nothing, or goes on from the state in a folder; under torchrun, one process of it.')
+    p.add_argument('--out', required=True, help='folder of the state, the losses and the base')
+    for name, default, what in (('steps', 4500, 'of the optimizer'), ('seed', 0, 'of corpus and initial weights')): p.add_argument(f'--{name}', type=int, default=default, help=f'{what} (default: {default})')
+    a = p.parse_args(argv)
     torch.set_num_threads(1)
     if 'RANK' in os.environ: dist.init_process_group('gloo')
     pretrain(a.out, a.steps, a.seed)
+    return 0
 
-if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no __file__
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__
 
 # %% ../nbs/tiny.ipynb #65a9cc2d
 def free_form(lm, tok, hands:list, rule, target:int=24) -> dict: # rate, lo, hi, n, multisets, read (share that list the right values)

@@ -1,5 +1,5 @@
 "The literal commands, as they are typed: in a terminal, a pipe, a loop and a Jupyter cell."
-import base64, hashlib, json, os, shutil, subprocess, sys
+import base64, hashlib, json, os, re, shutil, signal, subprocess, sys, time
 import pexpect, pytest
 from rlsft_nb.core import ROOT, read_json
 
@@ -187,3 +187,141 @@ def test_runner_of_seeds_fails(repo):
     (repo/'params'/'huge.yaml').write_text('needs: {gpus: 99, gib: 80}\n')
     r = pipe('python -m rlsft_nb.paper --model huge --seeds 2', repo)
     assert r.returncode == 1 and 'seed 0: 00_toy.ipynb stopped. StageMissing' in r.stderr and 'seed 1: 00_toy.ipynb stopped. StageMissing' in r.stderr and 'Traceback' not in r.stderr
+
+# the command `rlsft`
+
+rlsft = lambda *words, **kw: subprocess.run([sys.executable, '-m', 'rlsft_nb', *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, cwd=ROOT, **kw)
+HAND = ['--cards', '3 3 8 8']
+
+@pytest.mark.parametrize('words, message', [
+    (['compar', 'a', 'b'], "ParamError: rlsft has no command 'compar'; did you mean 'compare'?"),
+    (['xyz'], 'ParamError: rlsft has no command \'xyz\'; known: compare, restore, game, report, plan, bench'),
+    (['--versoin'], "ParamError: rlsft has no command '--versoin'"),
+    (['game'], 'rlsft game: the following arguments are required: COMMAND'),
+    (['game', 'slove', '1'], "rlsft game: argument COMMAND: 'slove' is not known; did you mean 'solve'?"),
+    (['game', 'solve', '3', '--tarjet', '3'], "rlsft game: '--tarjet' is not known; did you mean '--target'?"),
+    (['game', 'solve', '3', '--target', 'x'], "rlsft game solve: argument --target: invalid int value: 'x'"),
+    (['game', 'solve', '0', '3'], 'ParamError: numbers='),
+    (['game', 'solve', 'A', 'Z'], "ParamError: cards=['A', 'Z']: 'Z' is no rank"),
+    (['game', 'verify', '1+1'], 'rlsft game verify: the following arguments are required: --cards'),
+    (['game', 'verify', '1+1', *HAND, '--rule', 'x'], "ParamError: rule='x': expected"),
+    (['game', 'prompt', '--cards', '1 3'], "ParamError: cards=['1', '3']: '1' is no rank"),
+    (['plan', 'qwen8b'], "ParamError: model='qwen8b' has no file in params/; did you mean 'qwen7b'?"),
+    (['plan', 'tiny', '--gpus', '0'], 'rlsft plan: argument --gpus: 0: expected at least 1'),
+    (['plan', 'tiny', '--gib', 'nan'], 'rlsft plan: argument --gib: nan: expected at least 1'),
+    (['bench', 'gmae'], "rlsft bench: argument name: 'gmae' is not known; did you mean 'game'?"),
+    (['compare', 'a'], 'rlsft compare: the following arguments are required: '),
+    (['compare', 'a', 'b', '--drws', '1'], "rlsft compare: '--drws' is not known; did you mean '--draws'?"),
+    (['restore', '--target', 'a', '--reference', 'b', '--out', 'c', '--mode', 'swop'], "rlsft restore: argument --mode: 'swop' is not known; did you mean 'swap'?")])
+def test_wrong_usage_is_one_line(words, message, capsys):
+    from rlsft_nb.cli import main
+    try: code = main(words)
+    except SystemExit as e: code = e.code
+    out, err = capsys.readouterr()
+    assert (code, out, err.count('\n')) == (2, '', 1) and err.startswith(message), err
+
+def test_no_command_is_wrong_usage_and_help_is_none():
+    bare, asked = rlsft(), rlsft('--help')
+    assert (bare.returncode, bare.stdout, asked.returncode, asked.stderr) == (2, '', 0, '') and bare.stderr == asked.stdout
+    assert rlsft('-h').stdout == asked.stdout and 'Exit codes: 0 done' in asked.stdout
+
+@pytest.mark.parametrize('words', [['--help'], *[[c, '--help'] for c in ('compare', 'restore', 'game', 'report', 'plan', 'bench')], ['game', 'solve', '--help'], ['game', 'slove'], ['compare', 'a']])
+def test_help_and_wrong_usage_load_nothing_heavy(words):
+    code = f'import sys\nfrom rlsft_nb.cli import main\ntry: main({words})\nexcept SystemExit: pass\nprint(*{{"torch", "transformers", "scipy", "numpy", "matplotlib"}} & {{*sys.modules}}, file=sys.stderr)'
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert r.returncode == 0 and r.stderr.splitlines()[-1] == '', r.stderr
+    if words[-1] == '--help': assert r.stdout.startswith('usage: rlsft')
+
+@pytest.mark.parametrize('name', ['compare', 'restore', 'report', 'plan', 'bench'])
+def test_help_is_that_of_the_room_that_does_the_work(name, capsys):
+    from rlsft_nb.commands import COMMANDS, parser
+    from rlsft_nb.core import named_function
+    with pytest.raises(SystemExit) as e: named_function(COMMANDS[name][1])(['--help'])
+    options = lambda text: sorted(set(re.findall(r'^  +(--?[\w-]+|[A-Z]\b)', text, re.M)))
+    assert e.value.code == 0 and options(capsys.readouterr().out) == options(parser(name).format_help())
+
+def test_names_written_out_are_those_of_the_rooms():
+    from rlsft_nb import bench
+    from rlsft_nb.commands import parser
+    choices = lambda name, dest: next(tuple(a.choices) for a in parser(name)._actions if a.dest == dest)
+    assert choices('bench', 'name') == tuple(bench.BENCHES)
+
+def test_every_command_module_has_help(capsys):
+    "`python -m rlsft_nb.X --help` says something for each room with a `main`."
+    import importlib
+    rooms = sorted(p.stem for p in (ROOT/'rlsft_nb').glob('*.py') if re.search(r'^def main\(', p.read_text(), re.M) and p.stem not in ('paper', 'cli'))
+    assert {'plan', 'report', 'tiny', 'sft', 'ppo'} <= {*rooms}
+    for room in rooms:
+        with pytest.raises(SystemExit) as e: importlib.import_module(f'rlsft_nb.{room}').main(['--help'])
+        out = capsys.readouterr().out
+        assert e.value.code == 0 and out.startswith(f'usage: python -m rlsft_nb.{room}') and len(out.splitlines()) > 4, out
+
+@pytest.mark.parametrize('words, code, text', [
+    (['solve', '3', '3', '8', '8'], 0, '8/(3-8/3)\n'), (['solve', 'A', '3', 'K', '10', '--rule', '10'], 0, '10+10+3+1\n'), (['solve', '2', '3', '--target', '6'], 0, '3*2\n'),
+    (['verify', '8/(3-8/3)', *HAND], 0, 'correct, reward 5\n'), (['verify', '8/(3-8/3)=24', *HAND], 0, 'correct, reward 5\n'),
+    (['verify', '{"formula": "8/(3-8/3)=24"}', *HAND], 0, 'correct, reward 5\n'), (['verify', '13+11', '--cards', 'K J', '--rule', '11-12-13'], 0, 'correct, reward 5\n'),
+    (['verify', '3*8', '--cards', '3,8', '--target', '25'], 1, 'wrong_value, reward -1: '), (['verify', 'three', '--cards', '3 8'], 1, 'illegal, reward -3: ')])
+def test_game(words, code, text, capsys):
+    from rlsft_nb.cli import main
+    assert main(['game', *words]) == code
+    out, err = capsys.readouterr()
+    assert out.startswith(text) and out.count('\n') == 1 and err == ''
+    assert main(['game', *words, '--quiet']) == code and capsys.readouterr() == ('', '')
+    assert main(['game', *words, '--json']) == code and json.loads(capsys.readouterr().out)
+
+def test_game_prompt_and_no_solution(capsys):
+    from rlsft_nb.cli import main
+    from rlsft_nb.game import prompt
+    assert main(['game', 'prompt', *HAND, '--rule', '11-12-13']) == 0 and capsys.readouterr().out == prompt(['3', '3', '8', '8'], '11-12-13')[0]['content'] + '\n'
+    assert main(['game', 'prompt', *HAND, '--json']) == 0 and json.loads(capsys.readouterr().out) == prompt(['3', '3', '8', '8'])
+    assert main(['game', 'solve', '1', '1', '1', '1']) == 1 and capsys.readouterr() == ('', 'no formula over 1, 1, 1, 1 makes 24\n')
+    assert main(['game', 'solve', '1', '1', '1', '1', '--json']) == 1 and json.loads(capsys.readouterr().out) == dict(numbers=[1]*4, target=24, formulas=[])
+    assert main(['game', 'verify', '1/3+1/3', '--cards', 'A 3 A 3', '--json']) == 1 and json.loads(capsys.readouterr().out)['value'] == '2/3'
+
+def test_json_is_all_of_stdout(tmp_path, capsys):
+    from rlsft_nb.cli import main
+    assert main(['plan', 'tiny', '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told['model'] == 'tiny' and [s['stage'] for s in told['stages']][:1] == ['sft'] and all(s['fits'] for s in told['stages'])
+    assert main(['plan', 'qwen7b', '--gpus', '1', '--json']) == 1 and not all(s['fits'] for s in json.loads(capsys.readouterr().out)['stages'])
+    assert main(['plan', 'tiny', '--slurm', '--json']) == 0 and json.loads(capsys.readouterr().out)['script'].startswith('#!/bin/bash')
+    assert main(['report', '--out', str(tmp_path/'r.html'), '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told['page'] == str(tmp_path/'r.html') and sum(told['tally'].values()) == 58
+
+def test_bench_prints_or_writes_json(tmp_path, capsys, monkeypatch):
+    from rlsft_nb import bench
+    found = dict(rows=[['sleep', 100., 'calls/s']], ratios=dict(sleep_vs_wake=13.8))
+    monkeypatch.setitem(bench.BENCHES, 'game', lambda: print('a library talks') or found)
+    assert bench.main(['game', '--json']) == 0 and json.loads(capsys.readouterr().out) == found
+    assert bench.main(['game', '--json', str(tmp_path/'b.json')]) == 0 and read_json(tmp_path/'b.json') == found
+    assert capsys.readouterr().out.splitlines()[-1] == 'ratio sleep_vs_wake 13.8'
+    assert bench.main(['game', '--json', str(tmp_path/'b.json'/'c')]) == 1 and 'cannot' in capsys.readouterr().err
+
+def test_errors_end_in_one_line(capsys):
+    from rlsft_nb.commands import ended
+    def stop(e): raise e
+    for e, code, line in ((KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space\nleft'), 1, 'OSError: [Errno 28] No space left'), (RuntimeError('out of memory'), 1, 'RuntimeError: out of memory'), (MemoryError(), 1, 'MemoryError: ')):
+        assert ended(lambda: stop(e)) == code
+        assert capsys.readouterr() == ('', f'{line.strip()}\n')
+    with pytest.raises(ZeroDivisionError): ended(lambda: 1/0) # a mistake of ours keeps its frames
+
+def test_a_missing_library_is_told_with_its_extra(monkeypatch, capsys):
+    from rlsft_nb.commands import ended, extra_of
+    asked = ['torch>=2.6', 'trl<2,>=1.13; extra == "train"', "reasoning_gym>=0.1; extra == 'reasoning-gym'", 'trl>=1; extra == "dev"']
+    monkeypatch.setattr('importlib.metadata.requires', lambda name: asked)
+    assert [extra_of(m) for m in ('trl', 'reasoning_gym', 'torch', 'nothing')] == ['train', 'reasoning-gym', '', '']
+    def need(): raise ModuleNotFoundError("No module named 'trl.x'", name='trl.x')
+    assert ended(need) == 1 and capsys.readouterr().err == "No module named 'trl.x'; run: pip install 'rlsft_nb[train]'\n"
+
+def test_a_reader_that_leaves_and_an_interrupt(env):
+    r = pipe(f'set -o pipefail; {sys.executable} -m rlsft_nb game solve 1 2 3 4 5 6 --json | true; echo ${{PIPESTATUS[0]}}', ROOT)
+    assert (r.stdout, r.stderr) == ('0\n', '')
+    p = subprocess.Popen([sys.executable, '-c', "import sys, time\nfrom rlsft_nb.commands import ended\nprint('up', flush=True)\nsys.exit(ended(lambda: time.sleep(60)))"],
+                         cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.readline(); time.sleep(.5); p.send_signal(signal.SIGINT)
+    assert p.communicate(timeout=20)[1] == 'interrupted\n' and p.returncode == 130
+
+def test_exported_hands(tmp_path):
+    pytest.importorskip('rlsft_nb.envs')
+    assert rlsft('game', 'export', '--out', tmp_path/'d').returncode == 0 and (tmp_path/'d'/'README.md').is_file()

@@ -84,6 +84,36 @@ def test_shipped_models(capsys):
         show_params(cfg)
         assert yaml.safe_load(capsys.readouterr().out) == core._plain(cfg)
 
+# what the package holds
+
+def test_shipped_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, 'PACKAGE', tmp_path)
+    for name in ('tiny', 'tiny/peak', 'tiny/rl', 'other'): (tmp_path/'data'/name).mkdir(parents=True); (tmp_path/'data'/name/'config.json').touch()
+    (tmp_path/'data'/'tiny'/'notes').mkdir()
+    assert shipped_names() == ['other', 'tiny', 'tiny:peak', 'tiny:rl'] and shipped('tiny:peak') == tmp_path/'data'/'tiny'/'peak'
+    for name in ('tiny:notes', 'tiny/peak', '', 'peak', '../data', 'tiny:'):
+        with pytest.raises(ParamError) as e: shipped(name)
+        assert str(e.value) == f'checkpoint={name!r} is not in the package, which has: other, tiny, tiny:peak, tiny:rl'
+
+def test_models_of_an_installed_package(tmp_path, monkeypatch):
+    "Those of the package, and those in ./params, which go first."
+    for f, text in dict(pkg='sft: {lr: 1.0}', own='sft: {lr: 2.0}').items():
+        (tmp_path/f/'params').mkdir(parents=True)
+        (tmp_path/f/'params'/'base.yaml').write_text('sft: {lr: 0.0}\n' if f == 'pkg' else 'mine: 1\n')
+        for m in ('both', f): (tmp_path/f/'params'/f'{m}.yaml').write_text(text)
+    for name, value in dict(PACKAGE=tmp_path/'pkg', INSTALLED=True, ROOT=tmp_path/'own').items(): monkeypatch.setattr(core, name, value)
+    assert models() == ['both', 'own', 'pkg'] and params_dir() == tmp_path/'pkg'/'params'
+    assert [load_params(m).sft.lr for m in models()] == [2., 2., 1.]
+    with pytest.raises(core.Problem, match='an installed package does not hold'): repository()
+
+def test_processor():
+    import torch
+    told = cpu()
+    assert told['name'] and told['cores'] == os.cpu_count() and told['threads'] == torch.get_num_threads() and told['kernels'] == torch.backends.cpu.get_cpu_capability()
+    assert set(told['vector']) <= set(core.VECTOR) and provenance()['cpu'] == told
+    p = script('assert cpu().keys() == {"name", "cores", "vector"}') # torch is not loaded to be asked
+    assert p.wait() == 0, p.stderr.read()
+
 # files
 
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -119,7 +149,7 @@ def test_cache_hit_and_records():
     assert len(calls) == 1 and s.done and s.results() == dict(n=2) and s.config()['upstream'] == [repr(up)]
     done = read_json(s.path/'done.json')
     assert done['inputs'] == {repr(up): sha256_file(up.path/'done.json')} and done['results'] == sha256_file(s.path/'results.json')
-    assert {'commit', 'dirty', 'versions', 'python', 'device', 'seconds', 'peak_mib', 'date'} <= done.keys()
+    assert {'commit', 'dirty', 'versions', 'python', 'device', 'cpu', 'seconds', 'peak_mib', 'date'} <= done.keys()
 
 def test_threads_are_those_of_linear_algebra_too():
     import torch, threadpoolctl, scipy.linalg
@@ -210,7 +240,7 @@ def test_needs(monkeypatch):
     assert run_stage(s, None, AttrDict(needs=dict(gpus=4, gib=80))).results() == dict(n=1)
 
 def test_no_torch_at_import():
-    p = script("import sys; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules")
+    p = script("import sys; assert not {'torch', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules)")
     assert p.wait() == 0, p.stderr.read()
 
 # figures, tables, progress
@@ -241,6 +271,13 @@ def test_progress_notes(tmp_path, monkeypatch):
     monkeypatch.setenv('RLSFT_WATCH', str(tmp_path))
     assert list(progress((i for i in range(3)), 'loop', total=3)) == [0, 1, 2]
     assert (tmp_path/'progress').read_text() == 'loop: 0/3\n'
+
+def test_quiet_has_no_bars(monkeypatch, capsys):
+    for k in ('IN_TEST', 'RLSFT_WATCH'): monkeypatch.delenv(k, raising=False)
+    shown = lambda: (list(progress(range(3), 'loop')), capsys.readouterr().err)[1]
+    assert 'loop' in shown()
+    monkeypatch.setenv('RLSFT_QUIET', '1')
+    assert shown() == ''
 
 # statistics, against scipy
 

@@ -100,8 +100,8 @@ def test_command(tmp_path, capsys):
     told = capsys.readouterr().out.splitlines()
     assert told[0] == str(tmp_path/'deep'/'r.html') and re.fullmatch(r'(\d+ [a-z ]+, )*\d+ [a-z ]+', told[1]) and 'not run' in told[1]
     assert main([]) == 0 and (tmp_path/'runs'/'tiny'/'report.html').is_file()
-    for args, says in ((['--model', 'tinny'], "did you mean 'tiny'"), (['--overrides', '{sft: {lrr: 1.0}}'], "did you mean 'lr'"), (['--overrides', '{'], 'is not YAML'), (['--out', str(tmp_path/'deep'/'r.html'/'x')], 'cannot make the folder')):
-        assert main(args) == 1
+    for args, says, code in ((['--model', 'tinny'], "did you mean 'tiny'", 2), (['--overrides', '{sft: {lrr: 1.0}}'], "did you mean 'lr'", 2), (['--overrides', '{'], 'is not YAML', 2), (['--out', str(tmp_path/'deep'/'r.html'/'x')], 'cannot make the folder', 1)):
+        assert main(args) == code
         err = capsys.readouterr().err
         assert says in err and len(err.splitlines()) == 1
 

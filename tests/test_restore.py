@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoModelForImageTextToText, GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MllamaConfig,
                           MllamaForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM)
-from rlsft_nb import edits, restore, surgery, workbench
+from rlsft_nb import edits, restoration, restoration_figures, restore, surgery, workbench
 from rlsft_nb.core import DiskError, ParamError, StageBusy, load_params, read_json, verdict_table, wilson, write_json
 from rlsft_nb.models import score
 from rlsft_nb.tiny import make_tokenizer, new_model
@@ -566,7 +566,7 @@ def test_never_two_workbenches_and_none_beside_workers(monkeypatch, tmp_path):
         def __init__(self, *a): alive.add(self); self.me = self; made.append(len(alive)) # a ring, as models have
         def put(self, **spec): made.append(len(alive)); return {}
     def counted(*a): calls.append(len(alive)); return true(*a)
-    monkeypatch.setattr(workbench, 'Workbench', Bench); monkeypatch.setattr(restore, 'map_items', counted); monkeypatch.setattr(restore, 'within_all', lambda *a: {})
+    monkeypatch.setattr(workbench, 'Workbench', Bench); monkeypatch.setattr(restoration, 'map_items', counted); monkeypatch.setattr(restoration, 'within_all', lambda *a: {})
     monkeypatch.setattr(workbench, 'score_cell', lambda t, r, c, spec, seed, like, within: dict(edit=workbench.workbench(t, r, c, like).put(**spec), freedom=workbench.workbench(t, r, c, like).freedom))
     gc.disable()
     try:
@@ -575,7 +575,7 @@ def test_never_two_workbenches_and_none_beside_workers(monkeypatch, tmp_path):
         assert set(made) == {1} and made.count(1) == 3 + 50 # opened, played
         assert calls == [0] and not alive and not workbench._bench
         workbench.workbench(tgt, other, cfg)
-        monkeypatch.setattr(restore, 'map_items', lambda fn, items, *_: calls.append(len(alive)) or dict.fromkeys(items, got['peak']['got']['values-all-full']))
+        monkeypatch.setattr(restoration, 'map_items', lambda fn, items, *_: calls.append(len(alive)) or dict.fromkeys(items, got['peak']['got']['values-all-full']))
         restore.play_cells(cfg, 0, dict(peak=(tgt, ref, ''), base=(tgt, other, '')), tmp_path/'two')
         assert calls == [0, 0] and not alive
     finally: gc.enable()
@@ -694,7 +694,7 @@ def test_figures_and_verdicts_of_made_up_cells():
     figs = restore.fig_layers(found, cfg.restore, 'five'), restore.fig_ranks(found, 'six', unrelated), restore.fig_ranks(imposed, 'seven')
     assert all(len(f.axes) == 4 for f in figs)
     far = restore.fig_distance(found['peak'], 'by distance')
-    assert {len(a.containers) for a in far.axes} == {len(restore._series(found['peak']['cells'], 192)) - 1} # every series but the authors' reading
+    assert {len(a.containers) for a in far.axes} == {len(restoration_figures._series(found['peak']['cells'], 192)) - 1} # every series but the authors' reading
     labels = [t.get_text() for t in figs[1].legends[0].get_texts()]
     assert len(labels) == len(set(labels)) and {restore.LOOK[k][2] for k in ('coded', 'tail', 'random', 'blend', 'unrelated-end')} < set(labels)
     rows = {r['claim']: r['verdict'] for r in restore.verdicts(found['peak'], cfg.restore)}

@@ -2,20 +2,26 @@
 import collections, re
 import pytest, torch
 from hypothesis import given, strategies as st
-from rlsft_nb.core import load_params, read_json, sha256_file
+from rlsft_nb.core import load_params, read_json, sha256_file, shipped, shipped_names
 from rlsft_nb.game import PHRASES, PROMPT, answer, feedback_turn, hands, multisets, prompt, values, verify
-from rlsft_nb.models import EMBEDDED, encode, load_lm
+from rlsft_nb.models import encode, load_lm
 from rlsft_nb import tiny
 from rlsft_nb.tiny import *
 
 TOK = make_tokenizer()
-SHIPPED = EMBEDDED/'tiny'
+SHIPPED = shipped('tiny')
 
 @given(st.text())
 def test_any_text_round_trips(text): assert TOK.decode(TOK(text)['input_ids']) == text
 
 def test_shipped_tokenizer_is_the_one_this_code_makes():
     assert load_lm('tiny')[1].get_vocab() == TOK.get_vocab()
+
+@pytest.mark.parametrize('name', shipped_names())
+def test_every_shipped_folder_loads_as_it_is(name):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    lm, tok = AutoModelForCausalLM.from_pretrained(shipped(name)), AutoTokenizer.from_pretrained(shipped(name))
+    assert lm.dtype == torch.bfloat16 and tok.get_vocab() == TOK.get_vocab() and tok.chat_template == TOK.chat_template and len(tok) == lm.config.vocab_size
 
 def test_the_game_is_short_in_tokens():
     for h in hands('test', '11-12-13', face=True, n=50):

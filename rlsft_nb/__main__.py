@@ -1,0 +1,5 @@
+"`python -m rlsft_nb` is `rlsft`."
+import sys
+from .cli import main
+
+if __name__ == '__main__': sys.exit(main())
