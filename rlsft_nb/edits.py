@@ -26,12 +26,22 @@ class Pair:
     "One matrix of two checkpoints, with both decompositions, all fp64."
     W:Tensor    # (m, n) target
     W0:Tensor   # (m, n) reference
-    a:Spectrum  # of W: U (m, p), s (p,), Vt (p, n), p = min(m, n)
-    a0:Spectrum # of W0
+    _a:Spectrum = None # of W; made when it is first asked for, where it is not given
+    _a0:Spectrum = None# of W0
     dtype:torch.dtype = torch.float64 # of the target as stored
 
     @property
-    def rank(self): return len(self.a.s)
+    def rank(self): return min(self.W.shape)
+    @property
+    def a(self): # of W: U (m, p), s (p,), Vt (p, n), p = min(m, n)
+        if self._a is None: self._a = decompose(self.W)
+        return self._a
+    @property
+    def a0(self): # of W0
+        if self._a0 is None: self._a0 = decompose(self.W0)
+        return self._a0
+    @property
+    def decomposed(self): return None not in (self._a, self._a0)
     @cached_property
     def norm(self): return float(self.W.norm())
     @cached_property
@@ -45,14 +55,15 @@ class Pair:
 # %% ../nbs/edits.ipynb #3295cd82
 def pair(W:Tensor,      # (m, n) any float dtype, finite
          W0:Tensor,     # same shape
-         name:str='W'   # for messages
+         name:str='W',  # for messages
+         at_once:bool=True # decompose now; otherwise when an edit asks for it: a straight line or a trimmed update does not
     ) -> Pair:
     "Check two matrices and decompose both."
     if W.ndim != 2 or W.shape != W0.shape: raise ValueError(f'{name}: shapes {tuple(W.shape)} and {tuple(W0.shape)}; expected two matrices of one shape')
     for which, M in (('target', W), ('reference', W0)):
         if not M.isfinite().all(): raise ValueError(f'{name} of the {which} holds NaN or infinity')
     A, A0 = W.double(), W0.double()
-    return Pair(A, A0, decompose(A), decompose(A0), W.dtype)
+    return Pair(A, A0, *((decompose(A), decompose(A0)) if at_once else (None, None)), W.dtype)
 
 # %% ../nbs/edits.ipynb #ab491618
 def _triplets(U, s, Vt, lo, hi): return (U[:, lo:hi]*s[lo:hi]) @ Vt[lo:hi]

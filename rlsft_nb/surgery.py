@@ -8,8 +8,8 @@ __all__ = ['WIDE', 'GRID', 'parse_layers', 'parse_types', 'choose', 'Exists', 'T
            'main', 'main_sweep']
 
 # %% ../nbs/surgery.ipynb #60bf2866
-import argparse, fcntl, hashlib, json, math, os, shlex, shutil, struct, subprocess, sys, types, zlib
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
+import fcntl, hashlib, json, math, os, shlex, shutil, struct, subprocess, sys, types, zlib
+from contextlib import ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Integral, Real
@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .commands import parser, run
 from .core import DiskError, Problem, StageBusy, atomic_write, make_dir, own_device, progress, read_json, write_json
 from .edits import CONTROLS, MODES, band, check_mode, controls_of, describe, edits, freedom, pair, parse_ranks, reach
 from .weights import CheckpointError, kinds, open_checkpoint, put_slice
@@ -129,14 +130,14 @@ def _edit_matrix(tgt, ref, name, rows, jobs, deep, records):
     "Yields (variants, edited matrix) for `jobs` (variant -> its arguments); what was done is added to `records[variant]`."
     W, W0 = (ck.read(name)[:rows or None] for ck in (tgt, ref))
     if torch.equal(W, W0.to(W.dtype)): return
-    p = pair(placed(W, own_device()), placed(W0, own_device()), name)
+    p = pair(placed(W, own_device()), placed(W0, own_device()), name, deep)
     def asked_of(job):
         lo, hi, strength = reach(job['mode'], job['like'], job['ranks'], job['strength'], p.rank)
         return job['mode'], lo, hi, seed_of(name, job['seed']), strength, job['like']
     asked = {v: asked_of(job) for v, job in jobs.items()}
     for a, exact in edits(p, list(dict.fromkeys(asked.values()))):
         variants = [v for v in asked if asked[v] == a]
-        told = describe(p, exact, *a[:3], deep, *a[4:]) | dict(freedom=freedom(p)) | (dict(rows=rows) if rows else {})
+        told = describe(p, exact, *a[:3], deep, *a[4:]) | (dict(freedom=freedom(p)) if p.decomposed else {}) | (dict(rows=rows) if rows else {})
         for v in variants: records[v][name] = told
         yield variants, _stored(exact, _DTYPES[_place(tgt).matrices[name].dtype], name)
 
@@ -429,7 +430,7 @@ def _sources(*cks): return [Path(c.home).resolve() for ck in cks for c in (ck, c
 def restore_all(target,       # anything that `open_checkpoint` takes: a folder, a GGUF file, a Hub id, an adapter
                 reference,    # of the same architecture
                 variants:dict,# new folder -> any of mode, ranks, layers, types, strength, like, exclude, common_rows, seed, as in `restore`
-                deep:bool=True,# records in full; without, eight variants take little longer than one
+                deep:bool=True,# records in full; without, eight variants take little longer than one, and nothing is decomposed for a straight line
                 told:dict={}  # what else the records should say
     ) -> dict:                # folder -> the plan, and `edits`: name -> record as in `describe`
     "Several edits of one target, written in one pass: every matrix is read and decomposed once."
@@ -602,26 +603,9 @@ def choose_strength(target, reference, out, # as in `restore`
     name = f'{mode}-{best:g}'
     beside = {k.removeprefix(f'{name}-'): s for k, s in tries({name: asked | dict(strength=best)}, controls=True).items() if k != name} if best else {}
     auto = dict(scores=[dict(strength=s, score=v) for s, v in scores.items()], best=best, controls=beside, verdict=_verdict(scores, best, beside))
-    return restore_all(tgt, ref, {out: asked | dict(strength=best)}, told=dict(auto=auto))[out]
+    return restore_all(tgt, ref, {out: asked | dict(strength=best)}, False, dict(auto=auto))[out]
 
 # %% ../nbs/surgery.ipynb #6204d274
-def _common(p):
-    "Arguments of both commands."
-    p.add_argument('--target', required=True, help='checkpoint to edit: folder, GGUF file, adapter, tiny, or Hub id, owner/name or owner/name@revision')
-    p.add_argument('--reference', required=True, help='checkpoint of the same architecture')
-    p.add_argument('--out', required=True, help='new folder')
-    p.add_argument('--rank', help='share (0.2), number (64) or band (0.8-1.0) of ranks; default: all')
-    p.add_argument('--layers', help='such as 0-6,9; default: all, embedding and head too')
-    p.add_argument('--types', help="such as q,k,v, or 'experts.*', or embed,head, or 1d; default: all matrices")
-    p.add_argument('--exclude', help="what is left alone, such as 'head,experts.*.down'")
-    p.add_argument('--common-rows', action='store_true', help='of embeddings of two sizes edit the rows that both have')
-    p.add_argument('--base', default='', help='base model of an adapter, in place of the one it names')
-    p.add_argument('--revision', default='', help='of a target on the Hub')
-    p.add_argument('--seed', type=int, default=0, help='of the random modes')
-    p.add_argument('--json', action='store_true', help='print the record as JSON and nothing else')
-    p.add_argument('--quiet', action='store_true', help='print nothing but errors')
-    return p
-
 def _opened(a) -> tuple: # target, reference
     "The sources of a command; `--base` goes to the adapters among them."
     def one(source, revision):
@@ -635,67 +619,51 @@ def _opened(a) -> tuple: # target, reference
     if a.base and not any(c.base for c in found): raise ValueError(f'--base {a.base}: neither {a.target} nor {a.reference} is an adapter')
     return found
 
+def _asked(a): return dict(ranks=parse_ranks(a.rank) if a.rank else None, layers=a.layers, types=a.types, exclude=a.exclude, common_rows=a.common_rows, seed=a.seed)
+
 def _numbers_of(text) -> list:
     try: return [float(x) for x in text.split(',')]
     except ValueError: raise ValueError(f'strengths={text!r}: expected numbers such as 0,0.5,1') from None
 
-def _shown(done, out):
+def _text(done, out) -> str:
     "The record for a reader."
-    found, auto, left = (done.pop(k, None) for k in ('edits', 'auto', 'left_alone'))
-    for k, v in done.items(): print(f'{k:<12}{v}')
-    for line in left or (): print(f'left alone  {line}')
-    for t in auto['scores'] if auto else (): print(f"strength    {t['strength']:g}: {t['score']:.6g}")
-    if auto: print(auto['verdict'])
-    if found is not None: print(f'{len(found)} tensors changed; written to {out}')
+    apart = ('edits', 'auto', 'left_alone')
+    lines = [f'{k:<12}{v}' for k, v in done.items() if k not in apart] + [f'left alone  {line}' for line in done['left_alone']]
+    if auto := done.get('auto'): lines += [f"strength    {t['strength']:g}: {t['score']:.6g}" for t in auto['scores']] + [auto['verdict']]
+    return '\n'.join(lines + ([f"{len(done['edits'])} tensors changed; written to {out}"] if 'edits' in done else []))
 
-def _ended(work, p, quiet) -> int:
-    "Run a command; a mistake is one line."
-    try:
-        with redirect_stderr(open(os.devnull, 'w')) if quiet else nullcontext(): work()
-    except (DiskError, StageBusy, TooBig, ScoreError, MemoryError) as e: p.exit(1, f'{_line(e)}\n')
-    except (Problem, ValueError, KeyError, OSError) as e: p.exit(2, f'{_line(e)}\n')
-    return 0
+def _tried(p, work):
+    "`work` for `run`; a mistake ends the command in one line."
+    def line(e): return ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split()) or type(e).__name__
+    def tried(o):
+        try: return work(o)
+        except (DiskError, StageBusy, TooBig, ScoreError, MemoryError) as e: p.exit(1, f'{line(e)}\n')
+        except (Problem, ValueError, KeyError, OSError) as e: p.exit(2, f'{line(e)}\n')
+    return tried
 
-def _line(e): return ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split()) or type(e).__name__
+def _work_restore(o):
+    tgt, ref = _opened(o)
+    if o.strengths and not o.auto: raise ValueError('--strengths needs --auto')
+    if o.auto and not o.dry_run: done = choose_strength(tgt, ref, o.out, o.auto, o.mode or 'blend', _numbers_of(o.strengths) if o.strengths else GRID, **_asked(o))
+    else: done = restore(tgt, ref, o.out, o.mode or 'directions', dry_run=o.dry_run, strength=o.strength, like=o.like, **_asked(o))
+    return done, _text(done, o.out), 0
+
+def _work_sweep(o):
+    specs = {f'{o.mode}-{s:g}': _asked(o) | dict(mode=o.mode, strength=s) for s in _numbers_of(o.strengths)}
+    got = sweep(*_opened(o), o.out, specs, o.score, 1, o.controls)
+    return got, '\n'.join(f'{n:<32}{s:.6g}' for n, s in got.items()), 0
 
 def main(argv:list=None) -> int: # exit code
     "`rlsft restore --target A --reference B --out C`; `sweep` as the first word: `main_sweep`."
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ['sweep']: return main_sweep(argv[1:])
-    p = _common(argparse.ArgumentParser(prog='rlsft restore', description='Write a checkpoint that is A with singular directions of B.'))
-    p.add_argument('--mode', choices=MODES, help='what is taken from the reference (default: directions; with --auto: blend, which is WiSE-FT)')
-    p.add_argument('--strength', type=float, default=1., help='0.0, the target, to 1.0, the whole edit (default)')
-    p.add_argument('--like', default='directions', metavar='MODE', help='mode that a control (interpolate, random_change, random_rotation) moves as far as')
-    p.add_argument('--auto', metavar='SCORE', help=f"choose the strength among {', '.join(f'{s:g}' for s in GRID)} by this command line, which gets a checkpoint's folder and prints a number last; higher is better")
-    p.add_argument('--strengths', help='other strengths for --auto, such as 0.2,0.4')
-    p.add_argument('--dry-run', action='store_true', help='only say what would be changed')
-    a = p.parse_args(argv)
-    def work():
-        tgt, ref = _opened(a)
-        how = dict(ranks=parse_ranks(a.rank) if a.rank else None, layers=a.layers, types=a.types, exclude=a.exclude, common_rows=a.common_rows, seed=a.seed)
-        if a.strengths and not a.auto: raise ValueError('--strengths needs --auto')
-        if a.auto and not a.dry_run: done = choose_strength(tgt, ref, a.out, a.auto, a.mode or 'blend', _numbers_of(a.strengths) if a.strengths else GRID, **how)
-        else: done = restore(tgt, ref, a.out, a.mode or 'directions', dry_run=a.dry_run, strength=a.strength, like=a.like, **how)
-        if a.json: print(json.dumps(done, indent=1))
-        elif not a.quiet: _shown(done, a.out)
-    return _ended(work, p, a.quiet)
+    p = parser('restore')
+    return run(p.parse_args(argv), _tried(p, _work_restore))
 
 def main_sweep(argv:list=None) -> int: # exit code
     "`rlsft sweep --target A --reference B --mode blend --strengths 0,0.25,0.5 --score CMD --out DIR`."
-    p = _common(argparse.ArgumentParser(prog='rlsft sweep', description='Score a row of edits, each beside what moves as far.'))
-    p.add_argument('--mode', default='blend', choices=MODES, help='default: blend, the straight line to the reference (WiSE-FT)')
-    p.add_argument('--strengths', default=','.join(f'{s:g}' for s in GRID), help='default: %(default)s')
-    p.add_argument('--score', required=True, help="command line that gets a checkpoint's folder and prints a number last")
-    p.add_argument('--controls', action='store_true', help='also score what moves as far')
-    a = p.parse_args(argv)
-    def work():
-        tgt, ref = _opened(a)
-        how = dict(mode=a.mode, ranks=parse_ranks(a.rank) if a.rank else None, layers=a.layers, types=a.types, exclude=a.exclude, common_rows=a.common_rows, seed=a.seed)
-        got = sweep(tgt, ref, a.out, {f'{a.mode}-{s:g}': how | dict(strength=s) for s in _numbers_of(a.strengths)}, a.score, 1, a.controls)
-        if a.json: print(json.dumps(got, indent=1))
-        elif not a.quiet:
-            for n, s in got.items(): print(f'{n:<32}{s:.6g}')
-    return _ended(work, p, a.quiet)
+    p = parser('sweep')
+    return run(p.parse_args(argv), _tried(p, _work_sweep))
 
 # %% ../nbs/surgery.ipynb #7c2e9b10
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook
