@@ -269,6 +269,7 @@ def _fits(tgt, ref, jobs):
         for n in rows if job['mode'] in ('swap', 'coded') and job['ranks'] in (None, 1.) and job['strength'] == 1 else ():
             if narrow(tgt[n], ref[n]): _stored(ref.read(n), _DTYPES[tgt[n].dtype], n)
 
+# %% ../nbs/surgery.ipynb #f07ef293
 def _enough(tgt, jobs, rows, beside):
     "`TooBig` or `DiskError` where memory or disk is too small for all variants."
     big = max(rows, key=lambda n: _bytes(tgt[n], len(jobs)), default=None)
@@ -284,6 +285,7 @@ def _enough(tgt, jobs, rows, beside):
         free = shutil.disk_usage(home).free
         if need > free: raise DiskError(f"{home}: {len(jobs)} checkpoint{'s'*(len(jobs) > 1)} take {need/2**30:.2f} GiB and {free/2**30:.2f} are free")
 
+# %% ../nbs/surgery.ipynb #5b627004
 def _outputs(outs, sources):
     "Real paths of the outputs, each a place of its own."
     real = [Path(o).resolve() for o in outs]
@@ -494,6 +496,7 @@ def made_by(score # function of a folder, or a command line
         seen = [_code(score.__code__), repr(_simple((*(score.__defaults__ or ()), *kept)))]
     return hashlib.sha256(json.dumps(seen, default=str).encode()).hexdigest()[:16]
 
+# %% ../nbs/surgery.ipynb #88f9ad90
 class ScoreError(Problem, RuntimeError): "A score that could not be made."
 
 def scored_by(command:str, # run with the checkpoint's folder as its last argument, without a shell
@@ -507,12 +510,14 @@ def scored_by(command:str, # run with the checkpoint's folder as its last argume
     try: return float(last(run.stdout))
     except ValueError: raise ScoreError(f'score {command!r}: its last line is {last(run.stdout)!r}, expected a number') from None
 
+# %% ../nbs/surgery.ipynb #1066ba72
 def with_controls(specs:dict # name -> arguments of `restore`
     ) -> dict:
     "Every edit, and beside it what moves as far: NAME-interpolate, NAME-random_rotation, NAME-random_change."
     extra = lambda n, s: {f'{n}-{c}': dict(s) | dict(mode=c, like=s.get('mode', 'directions')) for c in controls_of(s.get('mode', 'directions'))}
     return {k: v for n, s in specs.items() for k, v in ({n: s} | extra(n, s)).items()}
 
+# %% ../nbs/surgery.ipynb #e2598b9e
 def _record(file, want):
     "The record of a score, None where it is missing or was made otherwise."
     if not file.exists(): return None
@@ -534,6 +539,7 @@ def _bench(folder):
         try: yield work
         finally: shutil.rmtree(work, ignore_errors=True)
 
+# %% ../nbs/surgery.ipynb #7a118873
 def sweep(target,       # as in `restore`
           reference,
           folder,       # scores are kept in folder/NAME.json
@@ -625,6 +631,7 @@ def _numbers_of(text) -> list:
     try: return [float(x) for x in text.split(',')]
     except ValueError: raise ValueError(f'strengths={text!r}: expected numbers such as 0,0.5,1') from None
 
+# %% ../nbs/surgery.ipynb #b331407d
 def _text(done, out) -> str:
     "The record for a reader."
     apart = ('edits', 'auto', 'left_alone')
@@ -641,6 +648,7 @@ def _tried(p, work):
         except (Problem, ValueError, KeyError, OSError) as e: p.exit(2, f'{line(e)}\n')
     return tried
 
+# %% ../nbs/surgery.ipynb #943d077c
 def _work_restore(o):
     tgt, ref = _opened(o)
     if o.strengths and not o.auto: raise ValueError('--strengths needs --auto')
