@@ -665,12 +665,12 @@ def main(argv:list=None) -> int: # exit code
     "`rlsft restore --target A --reference B --out C`; `sweep` as the first word: `main_sweep`."
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ['sweep']: return main_sweep(argv[1:])
-    p = parser('restore')
+    p = parser('restore', 'python -m rlsft_nb.surgery')
     return run(p.parse_args(argv), _tried(p, _work_restore))
 
 def main_sweep(argv:list=None) -> int: # exit code
     "`rlsft sweep --target A --reference B --mode blend --strengths 0,0.25,0.5 --score CMD --out DIR`."
-    p = parser('sweep')
+    p = parser('sweep', 'python -m rlsft_nb.surgery sweep')
     return run(p.parse_args(argv), _tried(p, _work_sweep))
 
 # %% ../nbs/surgery.ipynb #7c2e9b10
