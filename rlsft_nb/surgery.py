@@ -76,7 +76,7 @@ def _spans(file):
     at = [(k, *v['data_offsets'], tuple(v['shape'])) for k, v in json.loads(head).items() if k != '__metadata__']
     return size + head, sorted(at, key=lambda a: a[1:3])
 
-def _copy(f, gs, lo, hi, block=2**26):
+def _copy(f, gs, lo, hi, block=2**24):
     "Bytes lo..hi of a file into others."
     if gs: f.seek(lo)
     while gs and lo < hi:
@@ -228,9 +228,9 @@ def _plain(x): # numpy's numbers, tuples and paths as JSON has them
     if isinstance(x, (list, tuple, set)) or getattr(x, 'ndim', 0): return [_plain(i) for i in x]
     return x.item() if hasattr(x, 'item') else str(x) if isinstance(x, Path) else x
 
-def _bytes(m, variants=1): # fp64: W, W0, both bases, work; then what is written
+def _bytes(m, variants=1, decomposed=True): # fp64: W, W0, both bases, work; what is written; libraries and buffers
     a, b = m.shape
-    return 8*(11*a*b + 6*min(a, b)**2) + (0 if m.index < 0 else 8*(1 + variants)*a*b)
+    return 8*(11*a*b + 6*min(a, b)**2 if decomposed else 8*a*b) + (0 if m.index < 0 else 8*(1 + variants)*a*b) + 2**27
 
 def _refuse(tgt):
     "`CheckpointError` where weights are stored in a form that is not written."
@@ -270,10 +270,12 @@ def _fits(tgt, ref, jobs):
             if narrow(tgt[n], ref[n]): _stored(ref.read(n), _DTYPES[tgt[n].dtype], n)
 
 # %% ../nbs/surgery.ipynb #f07ef293
-def _enough(tgt, jobs, rows, beside):
+def _enough(tgt, jobs, rows, beside, deep):
     "`TooBig` or `DiskError` where memory or disk is too small for all variants."
-    big = max(rows, key=lambda n: _bytes(tgt[n], len(jobs)), default=None)
-    if big and (own_device() == 'cpu' or min(tgt[big].shape) < WIDE) and (need := _bytes(tgt[big], len(jobs))) > _memory():
+    line = {job['like'] if job['mode'] in CONTROLS else job['mode'] for job in jobs.values()} <= {'blend', 'trim'} and not any(job['mode'] == 'random_rotation' for job in jobs.values())
+    takes = lambda n: _bytes(tgt[n], len(jobs), deep or not line)
+    big = max(rows, key=takes, default=None)
+    if big and (own_device() == 'cpu' or min(tgt[big].shape) < WIDE) and (need := takes(big)) > _memory():
         raise TooBig(f"{big}, {' x '.join(map(str, tgt[big].shape))}, takes {need/2**30:.1f} GiB of memory and {_memory()/2**30:.1f} are free; leave it out by --exclude {big}")
     size = sum(f.stat().st_size for f in (*tgt.files, *beside))
     disks = {}
@@ -445,7 +447,7 @@ def restore_all(target,       # anything that `open_checkpoint` takes: a folder,
     _whole_home(tgt)
     beside, stay = _beside(tgt)
     _fits(tgt, ref, asked)
-    _enough(tgt, jobs, {n for job in asked.values() for n in _chosen(tgt, ref, **job)[0]}, [f for f, _ in beside])
+    _enough(tgt, asked, {n for job in asked.values() for n in _chosen(tgt, ref, **job)[0]}, [f for f, _ in beside], deep)
     with ExitStack() as stack:
         fixed = lambda job: {k: v for k, v in job.items() if k != 'memory_free_gib'}
         parts = {out: stack.enter_context(_workplace(out, json.dumps([fixed(job), tgt.stamp(), ref.stamp(), deep]))) for out, job in asked.items()}
