@@ -23,7 +23,7 @@ from torch import Tensor
 from .commands import parser, run
 from .core import DiskError, Problem, StageBusy, atomic_write, make_dir, own_device, progress, read_json, write_json
 from .edits import CONTROLS, MODES, band, check_mode, controls_of, describe, edits, freedom, pair, parse_ranks, reach
-from .weights import CheckpointError, kinds, open_checkpoint, put_slice
+from .weights import Checkpoint, CheckpointError, kinds, open_checkpoint, put_slice
 
 # %% ../nbs/surgery.ipynb #178ddca8
 def parse_layers(layers # None, a whole number, several of them, or text such as '0-6,9'; both ends are included
@@ -124,7 +124,7 @@ def _stored(exact, dtype, name):
     if not out.isfinite().all(): raise CheckpointError(f"{name}: {float(exact.flatten()[exact.abs().argmax()]):.4g} does not fit into the target's {str(dtype).split('.')[-1]}")
     return out
 
-def _place(ck): return ck.base or ck # where what is written has its place: an adapter's is its base's
+def _place(ck) -> Checkpoint: return ck.base or ck # where what is written has its place: an adapter's is its base's
 
 def _edit_matrix(tgt, ref, name, rows, jobs, deep, records):
     "Yields (variants, edited matrix) for `jobs` (variant -> its arguments); what was done is added to `records[variant]`."
