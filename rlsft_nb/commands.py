@@ -53,17 +53,38 @@ def _compare(p):
                    help='processes (default: half the cores); each takes about 130 bytes for each element of its matrix and 0.5 GiB for the libraries. Large matrices go to GPUs, where there are some; under torchrun or accelerate launch (on CPUs with --multi_gpu) every rank takes its share')
     _shared(p)
 
-def _restore(p):
-    p.add_argument('--target', required=True, help='checkpoint to edit: folder or Hub id')
+_MODES = ('directions', 'rotate', 'coded', 'values', 'swap', 'blend', 'denoise', 'intruders', 'trim', 'interpolate', 'random_rotation', 'random_change')
+_STRENGTHS = '0,0.1,0.25,0.5,0.75,1'
+
+def _edit(p, default):
+    "What `restore` and `sweep` share."
+    p.add_argument('--target', required=True, help='checkpoint to edit: folder, GGUF file, LoRA adapter, tiny, or Hub id, owner/name or owner/name@revision')
     p.add_argument('--reference', required=True, help='checkpoint of the same architecture')
     p.add_argument('--out', required=True, help='new folder')
-    p.add_argument('--mode', default='directions', help='what is taken from the reference (default: directions)',
-                   choices=('directions', 'rotate', 'coded', 'values', 'swap', 'blend', 'interpolate', 'random_rotation', 'random_change'))
+    p.add_argument('--mode', choices=_MODES, default=default, help=f'what is taken from the reference; blend is WiSE-FT, trim TIES, denoise DG-Hard (default: {default or "directions; with --auto blend"})')
     p.add_argument('--rank', help='share (0.2), number (64) or band (0.8-1.0) of ranks; default: all')
     p.add_argument('--layers', help='such as 0-6,9; default: all, embedding and head too')
-    p.add_argument('--types', help='such as q,k,v, or embed,head, or 1d; default: all matrices')
+    p.add_argument('--types', help="such as q,k,v, or 'experts.*', or embed,head, or 1d; default: all matrices")
+    p.add_argument('--exclude', help="what is left alone, such as 'head,experts.*.down'")
+    p.add_argument('--common-rows', action='store_true', help='of embeddings of two sizes edit the rows that both have')
+    p.add_argument('--base', default='', help='base model of an adapter, in place of the one it names')
+    p.add_argument('--revision', default='', help='of a target on the Hub')
     p.add_argument('--seed', type=int, default=0, help='of the random modes')
+    _shared(p)
+
+def _restore(p):
+    _edit(p, None)
+    p.add_argument('--strength', type=float, default=1., help='0.0, the target, to 1.0, the whole edit (default)')
+    p.add_argument('--like', default='directions', choices=_MODES[:-3], help='mode that a control (interpolate, random_rotation, random_change) moves as far as')
+    p.add_argument('--auto', metavar='SCORE', help=f"choose the strength among {_STRENGTHS} by this command line, which gets a checkpoint's folder and prints a number last; higher is better")
+    p.add_argument('--strengths', help='other strengths for --auto, such as 0.2,0.4')
     p.add_argument('--dry-run', action='store_true', help='only say what would be changed')
+
+def _sweep(p):
+    _edit(p, 'blend')
+    p.add_argument('--strengths', default=_STRENGTHS, help='default: %(default)s')
+    p.add_argument('--score', required=True, metavar='COMMAND', help="command line that gets a checkpoint's folder and prints a number last")
+    p.add_argument('--controls', action='store_true', help='also score what moves as far')
 
 # %% ../nbs/commands.ipynb #cd593291
 def _shared(p):
@@ -119,10 +140,11 @@ def _game(p):
     do.add_parser('export', add_help=False, help='write hands as a dataset')
 
 # %% ../nbs/commands.ipynb #c88ac77d
-OPTIONS = dict(compare=_compare, restore=_restore, game=_game, report=_report, plan=_plan, bench=_bench)
+OPTIONS = dict(compare=_compare, restore=_restore, sweep=_sweep, game=_game, report=_report, plan=_plan, bench=_bench)
 COMMANDS = { # what follows `rlsft` -> (what it does, its function)
     'compare': ('what rotated between two checkpoints or more, how far, and how far beyond chance', 'comparison_page.main'),
-    'restore': ('write a checkpoint with old directions put back into a new one', 'restore.main'),
+    'restore': ('write a checkpoint with old directions put back into a new one', 'surgery.main'),
+    'sweep': ('score a row of edits, each beside what moves as far', 'surgery.main_sweep'),
     'game': ('the card game: solve, verify, prompt, export', 'cli.game'),
     'game export': ('write hands as a dataset', 'envs.export_main'),
     'report': ('claims, figures and provenance as one page', 'report.main'),

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .comparison import open_weights
 from .core import empty_cache, make_dir, runs_root
-from .edits import Pair, band, describe, edit64, elsewhere, freedom, pair
+from .edits import CONTROLS, Pair, describe, edit64, elsewhere, freedom, pair, reach
 from .game import hands
 from .matrices import CUT, Spectrum
 from .models import arithmetic, cells, device, evaluate, load_lm
 from .plan import idle
 from .surgery import choose, placed, seed_of
-from .weights import CheckpointError, canonical
+from .weights import CheckpointError, safe_name
 
 # %% ../nbs/workbench.ipynb #f9ecf4a6
 class Row:
@@ -71,7 +71,7 @@ class Pairs:
         self.folder = tempfile.TemporaryDirectory(prefix='.pairs-', dir=make_dir(runs_root())) if gib > KEEP_GIB else None
         self.here = {} # pairs, or the devices of those on the disk
 
-    def _file(self, name): return Path(self.folder.name)/f'{name}.safetensors'
+    def _file(self, name): return Path(self.folder.name)/f'{safe_name(name)}.safetensors'
 
     def __setitem__(self, name, p):
         self.here[name] = p.W.device if self.folder else p
@@ -98,8 +98,9 @@ class Workbench:
     def __init__(self, target:str, reference:str, cfg, like:str=''): # the reference is moved to the distance of `like`
         self.lm, self.tok = load_lm(target, cfg, device(cfg), cfg.model.dtype)
         still = set(idle(self.lm)) # vision and cross-attention take no part in text
-        self.params = {canonical(k): v for k, v in self.lm.named_parameters() if v.ndim == 2 and k not in still}
         self.own, other, sized = (open_weights(w, cfg) if w else None for w in (target, reference, like))
+        if any(m.index >= 0 or m.cut for m in self.own.matrices.values()): raise CheckpointError(f'{target}: its experts are parts of larger tensors, which are not edited in place; write checkpoints with restore')
+        self.params = {self.own.name_of(k): v for k, v in self.lm.named_parameters() if v.ndim == 2 and k not in still}
         lost = [n for n in self.params if n not in other.matrices]
         if lost: raise CheckpointError(f'{reference} lacks {lost[0]}, which {target} has')
         self.pairs, self.kept, self.edited, each = Pairs([v.shape for v in self.params.values()]), {}, set(), []
@@ -112,26 +113,27 @@ class Workbench:
 
     def target(self, name): return self.own.read(name).to(self.params[name].dtype)
 
-    def tensor(self, name, mode, ranks, place, seed) -> tuple: # (tensor, record); edits of full rank are kept, layer groups share them
+    def tensor(self, name, mode, ranks, place, seed, strength=1., like='directions') -> tuple: # (tensor, record); edits of full rank are kept, layer groups share them
         p = self.pairs[name]
-        lo, hi = elsewhere(*band(ranks, p.rank), p.rank, place, seed_of(name, seed))
-        if (name, mode, lo, hi, seed) in self.kept: return self.kept[name, mode, lo, hi, seed]
-        exact = edit64(p, mode, lo, hi, seed_of(name, seed))
-        record = describe(p, exact, mode, lo, hi)
-        made = exact.to(p.dtype), record
-        if hi - lo == p.rank and not self.pairs.folder: self.kept[name, mode, lo, hi, seed] = made
+        lo, hi, strength = reach(mode, like, ranks, strength, p.rank)
+        lo, hi = elsewhere(lo, hi, p.rank, place, seed_of(name, seed))
+        key = name, mode, lo, hi, seed, strength, like*(mode in CONTROLS)
+        if key in self.kept: return self.kept[key]
+        exact = edit64(p, mode, lo, hi, seed_of(name, seed), strength, like)
+        made = exact.to(p.dtype), describe(p, exact, mode, lo, hi, True, strength, like)
+        if hi - lo == p.rank and not self.pairs.folder: self.kept[key] = made
         return made
 
 # %% ../nbs/workbench.ipynb #223eb7c2
 @patch
 @torch.no_grad()
-def put(self:Workbench, mode='directions', ranks=None, layers=None, types=None, place='top', seed:int=0) -> dict: # see `total`
+def put(self:Workbench, mode='directions', ranks=None, layers=None, types=None, place='top', seed:int=0, strength:float=1., like:str='directions') -> dict: # see `total`
     "Put the target in place with one edit; returns what it changed."
     chosen, records = choose([Row(n) for n in self.params], layers, types), []
     for n in self.edited - set(chosen): self.params[n].copy_(self.target(n))
     self.edited = set(chosen)
     for n in chosen:
-        W, record = self.tensor(n, mode, ranks, place, seed)
+        W, record = self.tensor(n, mode, ranks, place, seed, strength, like)
         self.params[n].copy_(W)
         records.append(record)
     return total(records)
