@@ -496,7 +496,6 @@ def update(acc, model, opt, traces:list, ppo, pad:int, rng, ref=None) -> dict: #
         recall(acc, model, batch, ppo, pad)
         if ppo.kl_coef:
             with acc.autocast(): recall(acc, ref, batch, ppo, pad, 'ref')
-    again = reread(acc, model, traces)
     advs, rets = credit_turns(traces, [t.value.cpu() for t in traces], ppo)
     for t, a, r in zip(traces, normalise(acc, [a.to(acc.device) for a in advs]), rets): t.adv, t.ret = a, r.to(acc.device)
     sums, norms, ranges = {}, [], []
@@ -504,7 +503,7 @@ def update(acc, model, opt, traces:list, ppo, pad:int, rng, ref=None) -> dict: #
         got, span, norm = step(acc, model, opt, batch, ppo, pad, not norms)
         sums = {k: sums.get(k, 0.) + v for k, v in got.items()}
         norms.append(norm); ranges.append(span)
-    return _losses(acc, sums, ranges) | dict(grad_norm=sum(norms)/len(norms), explained=_explained(acc, traces), reread=again)
+    return _losses(acc, sums, ranges) | dict(grad_norm=sum(norms)/len(norms), explained=_explained(acc, traces))
 
 # %% ../nbs/03_ppo.ipynb #59f85904
 def _total(acc, x:dict) -> dict: # of floats
@@ -651,7 +650,7 @@ def play_and_learn(acc, model, opt, tok, ref, cfg, seed:int, u:int, vllm=None) -
     middle = time.perf_counter()
     learned = update(acc, model, opt, traces, p, tok.pad_token_id, chance(acc, seed, u, 'order'), ref)
     seen, end = played(acc, traces, stop_ids(lm, tok)), time.perf_counter()
-    line = dict(update=u, **seen, **learned, lr=p.lr*fall, tokens_s=seen['tokens']/(end - start), rollout_s=middle - start, update_s=end - middle)
+    line = dict(update=u, **seen, **learned, reread=reread(acc, model, traces), lr=p.lr*fall, tokens_s=seen['tokens']/(end - start), rollout_s=middle - start, update_s=end - middle)
     return line | (dict(engine='vllm') if vllm else {})
 
 # %% ../nbs/03_ppo.ipynb #44b72f2e
