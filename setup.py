@@ -24,7 +24,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'],
     author=cfg['author'], keywords=cfg['keywords'], license='Apache-2.0', license_files=['LICENSE'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['rlsft_nb*']), package_data={'rlsft_nb': ['data/*', 'data/*/*', 'data/*/*/*']}, zip_safe=False,
+    packages=find_packages(include=['rlsft_nb*']), py_modules=['points24'], package_data={'rlsft_nb': ['data/*', 'data/*/*', 'data/*/*/*']}, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require=extras, cmdclass=dict(build_py=BuildWithParams),
     entry_points={'console_scripts': ['rlsft = rlsft_nb.cli:main'], 'papermill.engine': ['rlsft = rlsft_nb.paper:Engine']},

@@ -36,15 +36,22 @@ def _ks(text) -> list:
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is no list such as 64,256 or 0.1,0.25') from None
 
 def _compare(p):
-    where = 'folder, .safetensors or .gguf file, Hub id, or a file in params/'
-    p.add_argument('a', metavar='A', help=f'the reference: {where}'); p.add_argument('b', metavar='B', help='the other checkpoint')
+    p.add_argument('a', metavar='A', help='the reference: folder, .safetensors or .gguf file, adapter, Hub id (owner/name or owner/name@revision), or a file in params/')
+    p.add_argument('b', metavar='B', help='the other checkpoint')
+    p.add_argument('more', metavar='C', nargs='*', help='further ones, in the order they were made, such as BASE SFT RL: how each update stands to the one before it')
     p.add_argument('--out', metavar='DIR', default='spectra', help='folder for records, figures and report (default: spectra)')
-    p.add_argument('--matrices', metavar='PATTERN', default='*', help="such as 'layers.0.*,head' (default: all)")
+    p.add_argument('--matrices', metavar='PATTERN', default='*', help="such as 'layers.0.*,head', or types such as 'q' or 'experts.*' (default: all)")
+    p.add_argument('--exclude', metavar='PATTERN', default='', help='matrices that are left out, as above')
+    p.add_argument('--revision', metavar='REV', action='append', default=[], help='of a Hub id; once for each Hub id, in their order')
+    p.add_argument('--base', default='', help='base of adapters, in place of the one they name')
     p.add_argument('--k', type=_ks, default=[64, 256], help='subspace sizes (default: 64,256); with a dot: fractions of the rank. A quarter is always there')
-    p.add_argument('--null', choices=('shuffle', 'orient'), default='shuffle', help='what chance is: shuffled entries, or the same update turned at random')
+    p.add_argument('--null', choices=('shuffle', 'orient', 'sized'), default='shuffle',
+                   help='what chance is: shuffled entries; the same update turned at random; entries shuffled among weights of one size, for updates as small as rounding')
     p.add_argument('--draws', type=int, default=5, help='updates drawn from the null for each matrix (default: 5)')
     p.add_argument('--seed', type=int, default=0, help='of the null')
-    p.add_argument('--workers', type=int, default=max(1, (os.cpu_count() or 2)//2), help='processes (default: half the cores)')
+    p.add_argument('--workers', type=int, default=max(1, (os.cpu_count() or 2)//2),
+                   help='processes (default: half the cores); each takes about 130 bytes for each element of its matrix and 0.5 GiB for the libraries. Large matrices go to GPUs, where there are some; under torchrun or accelerate launch (on CPUs with --multi_gpu) every rank takes its share')
+    _shared(p)
 
 _MODES = ('directions', 'rotate', 'coded', 'values', 'swap', 'blend', 'denoise', 'intruders', 'trim', 'interpolate', 'random_rotation', 'random_change')
 _STRENGTHS = '0,0.1,0.25,0.5,0.75,1'
@@ -110,7 +117,7 @@ def _plan(p):
     _shared(p)
 
 def _bench(p):
-    p.add_argument('name', choices=('game', 'sft', 'restore', 'spectra', 'ppo'), help='what to measure')
+    p.add_argument('name', choices=('game', 'game-long', 'sft', 'restore', 'spectra', 'ppo'), help='what to measure')
     p.add_argument('--json', metavar='FILE', nargs='?', const=True, default=False, help='write rows and ratios to FILE; without FILE print them as one JSON object and nothing else')
     p.add_argument('--quiet', action='store_true', help='print nothing but errors')
 
@@ -135,7 +142,7 @@ def _game(p):
 # %% ../nbs/commands.ipynb #c88ac77d
 OPTIONS = dict(compare=_compare, restore=_restore, sweep=_sweep, game=_game, report=_report, plan=_plan, bench=_bench)
 COMMANDS = { # what follows `rlsft` -> (what it does, its function)
-    'compare': ('what rotated between checkpoints, how far, and how far beyond chance', 'spectra.main'),
+    'compare': ('what rotated between two checkpoints or more, how far, and how far beyond chance', 'comparison_page.main'),
     'restore': ('write a checkpoint with old directions put back into a new one', 'surgery.main'),
     'sweep': ('score a row of edits, each beside what moves as far', 'surgery.main_sweep'),
     'game': ('the card game: solve, verify, prompt, export', 'cli.game'),
@@ -169,7 +176,7 @@ def ended(work) -> int: # exit code, see `CODES`
     "What `work()` returns; its errors in one line."
     try:
         code = work()
-        sys.stdout.flush()
+        if sys.stdout: sys.stdout.flush() # it may be closed
         return code
     except KeyboardInterrupt: return _say('interrupted', 130)
     except BrokenPipeError: # what is left in the buffer goes nowhere at exit
@@ -177,7 +184,7 @@ def ended(work) -> int: # exit code, see `CODES`
         return 0
     except ModuleNotFoundError as e:
         extra = extra_of((e.name or '').split('.')[0])
-        return _say(f"{e}" + (f"; run: pip install 'rlsft_nb[{extra}]'" if extra else ''), 1)
+        return _say(f'{e}' + (f'; it comes with an extra of this package: rlsft_nb[{extra}]' if extra else ''), 1)
     except ParamError as e: return _say(f'{type(e).__name__}: {e}', 2)
     except (Problem, ValueError, OSError, RuntimeError, MemoryError) as e: return _say(f'{type(e).__name__}: {e}', 1)
 

@@ -26,6 +26,8 @@ class Spectrum(NamedTuple):
 
 def as_matrix(W, name='W') -> Tensor:
     "`W` in fp64 after the checks that every decomposition needs."
+    W = torch.as_tensor(W)
+    if W.is_complex(): raise ValueError(f'{name} is complex, expected real numbers')
     if W.ndim != 2 or 0 in W.shape: raise ValueError(f'{name} has shape {tuple(W.shape)}, expected two dimensions, neither of them 0')
     return W.detach().double()
 
@@ -69,7 +71,7 @@ def svd(A) -> tuple:
     return Q @ U, s, Vt
 
 # %% ../nbs/matrices.ipynb #62231c75
-def decompose(W:Tensor # (m, n), any float dtype, on any device
+def decompose(W:Tensor # (m, n), any real dtype, on any device; numpy arrays too
     ) -> Spectrum:     # float64, on the device of `W`
     "The thin singular value decomposition of `W`."
     A = as_matrix(W)
@@ -116,19 +118,35 @@ def structural_zeros(d:int, # dimension of the space
     "Principal angles that are zero for any two subspaces."
     return min(k, max(0, 2*k - d))
 
-def principal_angles(U:Tensor,  # (d, >=k) float64, orthonormal columns
-                     U0:Tensor, # (d, >=k), the reference
-                     k:int      # leading columns compared, 1..min
-    ) -> Tensor:                # (k,) radians, ascending, 0..pi/2; structural zeros are exactly 0
-    "Principal angles between the spans of the first `k` columns."
-    if not 1 <= k <= min(U.shape[1], U0.shape[1]): raise ValueError(f'k={k}, expected 1..{min(U.shape[1], U0.shape[1])}')
-    A, B = U[:, :k].double(), U0[:, :k].double()
+def _between(A, B) -> Tensor: # (d, k) float64, orthonormal columns
+    "Principal angles between two spans."
+    k = A.shape[1]
     if torch.equal(A, B): return torch.zeros(k, dtype=torch.float64, device=A.device)
     C = B.mT @ A
     sin, cos = svdvals(A - B @ C).flip(0).clamp(max=1), svdvals(C).clamp(max=1)
     theta = torch.where(sin**2 < .5, sin.asin(), cos.acos())
-    theta[:structural_zeros(len(U), k)] = 0
+    theta[:structural_zeros(len(A), k)] = 0
     return theta
+
+def _basis(U, k, name) -> Tensor:
+    "The first `k` columns, made orthonormal where they are not."
+    A = as_matrix(U, name)[:, :k]
+    if not A.isfinite().all(): raise ValueError(f'{name} holds NaN or infinity')
+    G = _gram(A)
+    if (G - torch.eye(k).to(G)).abs().max() < 1e-8: return A
+    Q, R = torch.linalg.qr(A)
+    if not (R.diagonal().abs() > 1e-10*A.norm(dim=0)).all(): raise ValueError(f'{name}: its first {k} columns span fewer than {k} dimensions, so there are no {k} angles')
+    return Q
+
+def principal_angles(U:Tensor,  # (d, >=k), columns that span a space; need not be orthonormal
+                     U0:Tensor, # (d, >=k), the reference
+                     k:int      # leading columns compared, 1..min
+    ) -> Tensor:                # (k,) float64 radians, ascending, 0..pi/2; structural zeros are exactly 0
+    "Principal angles between the spans of the first `k` columns."
+    most = min(*U.shape, *U0.shape)
+    if not 1 <= k <= most: raise ValueError(f'k={k}, expected 1..{most}')
+    if len(U) != len(U0): raise ValueError(f'U has {len(U)} rows, expected {len(U0)} as U0')
+    return _between(_basis(U, k, 'U'), _basis(U0, k, 'U0'))
 
 # %% ../nbs/matrices.ipynb #958b491a
 def overlap(U:Tensor, U0:Tensor # (d, p) float64, orthonormal columns
@@ -176,8 +194,8 @@ def cluster_angles(A:Spectrum, B:Spectrum, # of W and of the reference
     "`vector_angles`, but principal angles of the common span within a cluster."
     out = tuple(a.clone() for a in single or vector_angles(A, B))
     for i, j in ((i, j) for i, j in spans if j - i > 1):
-        out[0][i:j] = principal_angles(A.U[:, i:j], B.U[:, i:j], j - i)
-        out[1][i:j] = principal_angles(A.Vt[i:j].mT, B.Vt[i:j].mT, j - i)
+        out[0][i:j] = _between(A.U[:, i:j], B.U[:, i:j])
+        out[1][i:j] = _between(A.Vt[i:j].mT, B.Vt[i:j].mT)
     return out
 
 # %% ../nbs/matrices.ipynb #15b2f005

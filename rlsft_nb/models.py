@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'ModelError', 'find_gguf', 'locate', 'weights_id', 'check_finite', 'converted', 'load_lm', 'save_lm',
-           'encode', 'stop_ids', 'generate_ids', 'generate', 'rank', 'world', 'my_part', 'woven', 'leave', 'collect',
-           'summarize', 'evaluate', 'cells', 'clusters', 'device', 'arithmetic', 'score', 'main', 'base_stage']
+           'encode', 'stop_ids', 'at_rest', 'generate_ids', 'generate', 'rank', 'world', 'my_part', 'woven', 'leave',
+           'collect', 'summarize', 'evaluate', 'cells', 'clusters', 'device', 'arithmetic', 'score', 'main',
+           'base_stage']
 
 # %% ../nbs/01_models.ipynb #83b6aa7b
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, own_device, read_json, run_stage, runs_root, sha256_file, wilson, write_json
+from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, own_device, read_json, run_stage, runs_root, sha256_file, shipped, wilson, write_json
 from .game import OUTCOMES, hands, play, values, verify
 from .paper import _mapping
 
@@ -38,13 +39,14 @@ def find_gguf(package:str # an installed Python package that carries one GGUF fi
     if len(found) != 1: raise ModelError(f'model.path={package!r}: expected one .gguf file in the package, found {len(found)}')
     return found[0]
 
-def locate(model:str, # a file in params/ (goes first), a folder, a .gguf file, or a Hub id such as 'Qwen/Qwen2.5-7B-Instruct'
+def locate(model:str, # a file in params/ (goes first), one of its shipped checkpoints such as 'tiny:peak', a folder, a .gguf file, or a Hub id such as 'Qwen/Qwen2.5-7B-Instruct'
            cfg=None   # resolved parameters of `model`; read from params/ where None
     ) -> tuple:       # (folder or Hub id, revision or None, gguf file name or None)
     "Where the weights of `model` are."
     path, named = Path(model), model in models()
     if path.is_dir() and not named: return str(path), None, None
     if path.suffix == '.gguf' and path.is_file(): return str(path.parent), None, path.name
+    if ':' in model and model.split(':')[0] in models(): return str(shipped(model)), None, None
     if '/' in model:
         if model.count('/') > 1 or model.startswith(('/', '.', '~')): raise ModelError(f'model={model!r}: no such folder or file')
         return model, None, None
@@ -56,9 +58,10 @@ def locate(model:str, # a file in params/ (goes first), a folder, a .gguf file, 
     return str(folder), None, None
 
 # %% ../nbs/01_models.ipynb #873529d8
-def weights_id(cfg) -> str: # 16 hex digits, or 'owner/name@revision'
-    "What the weights of `cfg` are: the commit of a Hub repository, else names, sizes, first and last MiB of the weight files."
-    where, revision, gguf = locate(cfg.name, cfg)
+def weights_id(cfg, model:str='' # of `locate`; `cfg.name` where empty
+    ) -> str:                    # 16 hex digits, or 'owner/name@revision'
+    "What the weights of `model` are: the commit of a Hub repository, else names, sizes, first and last MiB of the weight files."
+    where, revision, gguf = locate(model or cfg.name, cfg)
     if not Path(where).is_dir(): return f'{where}@{revision}'
     h = hashlib.sha256()
     for p in sorted(Path(where).glob(gguf or '*.safetensors')):
@@ -170,6 +173,17 @@ def stop_ids(lm, tok) -> list: # int
     own = own if isinstance(own, list) else [own]
     return sorted({i for i in [tok.eos_token_id, *own] if i is not None})
 
+@contextmanager
+def at_rest(lm):
+    "`lm` without dropout and without its checkpoint's own settings of generation; afterwards as it was."
+    on, own = [m for m in lm.modules() if m.training], lm.generation_config
+    for m in on: m.training = False
+    lm.generation_config = GenerationConfig()
+    try: yield
+    finally:
+        lm.generation_config = own
+        for m in on: m.training = True
+
 def _until_stop(ids, stops): # the stop token belongs to the answer
     end = next((i for i, t in enumerate(ids) if t in stops), None)
     return ids if end is None else ids[:end + 1]
@@ -188,7 +202,7 @@ def generate_ids(lm, tok,
     sampled = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature else dict(do_sample=False)
     how = GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1., pad_token_id=tok.pad_token_id, eos_token_id=stops, **sampled)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), at_rest(lm):
         torch.manual_seed(seed)
         for b in range(0, len(order), batch_size):
             rows = order[b:b + batch_size]

@@ -212,7 +212,7 @@ def up_to_date(nb, values:dict) -> bool:
     out = output_path(nb, values)
     if not (out.is_file() and _record_path(out).is_file()): return False
     record = read_json(_record_path(out))
-    same = all(Path(p).is_file() and sha256_file(p) == h for p, h in record['files'].items())
+    same = all((f := out.parent/p).is_file() and sha256_file(f) == h for p, h in record['files'].items())
     return same and record['fingerprint'] == fingerprint(nb, values)
 
 # %% ../nbs/paper.ipynb #12da79da
@@ -239,7 +239,7 @@ def _watched(pass_on=None # called with the newest line, instead of showing it
 def run_notebook(nb,          # a source notebook
                  values:dict, # its parameters
                  pass_on=None # called with the newest line of progress, instead of showing bars
-    ) -> dict:                # fingerprint, seconds, files (path -> sha256), figures, stages
+    ) -> dict:                # fingerprint, seconds, files (path -> sha256), figures, stages; paths as seen from the record
     "Execute a notebook into runs/ and keep a record of what it made."
     import papermill
     from rlsft_nb.core import make_dir, sha256_file, write_json
@@ -249,8 +249,9 @@ def run_notebook(nb,          # a source notebook
     with _watched(pass_on) as d:
         papermill.execute_notebook(_literal(nb), _literal(out), values, progress_bar=bar, cwd=str(REPO), extra_arguments=['--IPKernelApp.log_level=40'])
         figures, stages = _notes(d, 'figures'), _notes(d, 'stages')
-    files = {str(p): sha256_file(p) for p in [out, *figures, *[Path(s)/'done.json' for s in stages]]}
-    record = dict(fingerprint=mark, seconds=round(time.monotonic() - start, 1), files=files, figures=figures, stages=stages)
+    here = lambda p: os.path.relpath(p, out.parent)
+    files = {here(p): sha256_file(p) for p in [out, *figures, *[Path(s)/'done.json' for s in stages]]}
+    record = dict(fingerprint=mark, seconds=round(time.monotonic() - start, 1), files=files, figures=[*map(here, figures)], stages=[*map(here, stages)])
     write_json(_record_path(out), record)
     return record
 
@@ -265,7 +266,7 @@ def made_table(rows:list # (executed notebook, record, True if it ran now) each
     head = f"{'notebook':<34}{'seconds':>9}  made"
     lines, shown = [head, '-'*len(head)], set()
     for out, r, ran in rows:
-        made = [p for p in r['figures'] + r['stages'] if p not in shown]
+        made = [p for p in (os.path.normpath(Path(out).parent/p) for p in r['figures'] + r['stages']) if p not in shown]
         shown.update(made)
         lines.append(f"{_short(out):<34}{r['seconds']:>9.1f}  {'' if ran else 'up to date'}".rstrip())
         lines += [f"{'':<45}{_short(p)}" for p in made]
@@ -411,7 +412,7 @@ def drift() -> list: # names of files that differ, empty where all is well
     with tempfile.TemporaryDirectory() as d:
         new = Path(d)/REPO.name
         shutil.copytree(REPO, new, ignore=shutil.ignore_patterns('.git', '.venv', 'runs', 'figures', '__pycache__', '.*_cache', '*.egg-info', '.hypothesis'))
-        for m in [p for p in (new/'rlsft_nb').glob('*.py') if p.name != '__init__.py']: m.unlink()
+        for m in [p for p in (new/'rlsft_nb').glob('*.py') if p.name not in ('__init__.py', '__main__.py')]: m.unlink()
         code = 'from nbdev.doclinks import nbdev_export as e; from nbdev.clean import nbdev_clean as c; e(); c(); import rlsft_nb.paper as p; p.write_readme()'
         subprocess.run([sys.executable, '-c', code], cwd=new, env=os.environ | dict(PYTHONPATH=str(new)), check=True, stdin=subprocess.DEVNULL)
         kept = [p for f in ('nbs/*.ipynb', 'rlsft_nb/*.py', 'README.md') for root in (REPO, new) for p in map(lambda q: q.relative_to(root), root.glob(f))]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPES', 'WHY', 'unwrapped', 'canonical', 'safe_name', 'CheckpointError', 'CheckpointMissing', 'MatrixError',
            'says_tied', 'Matrix', 'Stored', 'put_slice', 'scaled', 'unpacked', 'Update', 'factors', 'merged',
-           'read_matrix', 'Checkpoint', 'kinds', 'select', 'open_checkpoint', 'Common', 'common', 'paired']
+           'read_matrix', 'kinds', 'select', 'Checkpoint', 'open_checkpoint', 'Common', 'common', 'paired']
 
 # %% ../nbs/weights.ipynb #5c542e83
 import json, math, os, re, struct
@@ -37,13 +37,14 @@ def unwrapped(key:str # name of a tensor in a file or a state dict
     key = '.'.join(w for w in key.split('.') if w not in _WRAPPERS)
     return re.sub(r'^base_model\.model\.', '', key).replace('.base_layer.', '.').replace('.modules_to_save.default.', '.')
 
+# %% ../nbs/weights.ipynb #d90f3b58
 def _words(prefix) -> list: return [w for w in prefix.split('.') if w and w not in _BODIES]
 
-def _split(key) -> tuple:
+def _split(key, apart=True) -> tuple: # apart: the layers of a vision tower are no layers
     "Stack ('' where there is one), layer (-1 outside the layers) and the rest of a name."
     name = unwrapped(key).removesuffix('.weight')
     at = _LAYER.match(name)
-    if not at or _TOWER.search(at[1]): return '', -1, _outside(name)
+    if not at or apart and _TOWER.search(at[1]): return '', -1, _outside(name)
     stack = _words(at[1])
     if at[2] == 'layer' and stack[-1:] == ['encoder']: stack.pop() # BERT: the list inside its encoder
     return '.'.join(stack), int(at[3]), (at[2] + '.')*(at[2] in _NAMED) + at[4]
@@ -56,24 +57,30 @@ def _outside(name) -> str:
 
 # %% ../nbs/weights.ipynb #6c2d9e41
 def _table() -> dict:
-    "Name inside a layer, or outside of all -> type."
-    t = {f'{a}.{c}{end}': x + c for a, x in (('self_attn', ''), ('cross_attn', 'cross_'), ('encoder_attn', 'cross_'), ('cross_attention', 'cross_')) for c in 'qkvo' for end in ('_proj',)}
-    t |= {f'{a}.out_proj': x + 'o' for a, x in (('self_attn', ''), ('encoder_attn', 'cross_'), ('cross_attention', 'cross_'), ('attn', ''))}
-    t |= {f'{a}.{c}_proj': c for a in ('attn', 'attention') for c in 'qkvo'} | {f'attention.w{c}': c for c in 'qkvo'}
-    t |= {f'{a}.self.{w}': x + w[0] for a, x in (('attention', ''), ('crossattention', 'cross_')) for w in ('query', 'key', 'value')}
-    t |= {'attention.output.dense': 'o', 'crossattention.output.dense': 'cross_o', 'intermediate.dense': 'up', 'output.dense': 'down'}
-    t |= {f'layer.{i}.{a}.{c}': x + c for i, a, x in ((0, 'SelfAttention', ''), (0, 'LocalSelfAttention', ''), (1, 'EncDecAttention', 'cross_')) for c in 'qkvo'}
-    t |= {f'layer.{i}.{b}.{w}': c for i in (1, 2) for b in ('DenseReluDense', 'mlp') for w, c in (('wi', 'up'), ('wi_0', 'gate'), ('wi_1', 'up'), ('wo', 'down'))}
-    t |= {f'{a}.query_key_value': 'qkv' for a in ('attention', 'self_attention', 'self_attn')} | {f'{a}.dense': 'o' for a in ('attention', 'self_attention', 'self_attn')}
-    t |= {'attn.c_attn': 'qkv', 'attn.c_proj': 'o', 'self_attn.qkv_proj': 'qkv', 'attn.qkv_proj': 'qkv', 'attn.Wqkv': 'qkv', 'attn.Wo': 'o'}
-    t |= {f'{b}.{c}_proj': c for b in ('mlp', 'feed_forward', 'ffn') for c in ('gate', 'up', 'down', 'gate_up')} | {f'feed_forward.w{i}': c for i, c in ((1, 'gate'), (3, 'up'), (2, 'down'))}
-    t |= {'mlp.c_fc': 'up', 'mlp.c_proj': 'down', 'fc1': 'up', 'fc2': 'down', 'mlp.fc1': 'up', 'mlp.fc2': 'down', 'ffn.fc1': 'up', 'ffn.fc2': 'down', 'mlp.fc_in': 'up', 'mlp.fc_out': 'down',
-          'mlp.dense_h_to_4h': 'up', 'mlp.dense_4h_to_h': 'down'}
-    return t | {f'{b}.{g}': 'router' for b in ('mlp', 'block_sparse_moe', 'feed_forward', 'ffn', 'mixer') for g in ('gate', 'router', 'router.layer', 'router.gate', 'router.classifier')}
+    "Name inside a layer -> type."
+    t, crossed = {}, dict(cross_attn='cross_', encoder_attn='cross_', cross_attention='cross_', self_attn='', attn='')
+    for a, x in crossed.items(): t |= {f'{a}.{c}_proj': x + c for c in 'qkvo'} | {f'{a}.out_proj': x + 'o'}
+    for a in ('attention', 'self_attention', 'self_attn'): t |= {f'{a}.query_key_value': 'qkv', f'{a}.dense': 'o'}
+    for a, x in (('attention', ''), ('crossattention', 'cross_')): # BERT
+        t |= {f'{a}.self.{w}': x + w[0] for w in ('query', 'key', 'value')} | {f'{a}.output.dense': x + 'o'}
+    for i, a, x in ((0, 'SelfAttention', ''), (0, 'LocalSelfAttention', ''), (1, 'EncDecAttention', 'cross_')): # T5
+        t |= {f'layer.{i}.{a}.{c}': x + c for c in 'qkvo'}
+    for i in (1, 2): t |= {f'layer.{i}.{b}.{w}': c for b in ('DenseReluDense', 'mlp') for w, c in (('wi', 'up'), ('wi_0', 'gate'), ('wi_1', 'up'), ('wo', 'down'))}
+    t |= {f'attention.{c}_proj': c for c in 'qkvo'} | {f'attention.w{c}': c for c in 'qkvo'}
+    t |= {f'{b}.{c}_proj': c for b in ('mlp', 'feed_forward', 'ffn') for c in ('gate', 'up', 'down', 'gate_up')}
+    t |= {f'{b}.{n}': c for b in ('mlp', 'ffn') for n, c in (('fc1', 'up'), ('fc2', 'down'))} | dict(fc1='up', fc2='down')
+    t |= {f'feed_forward.{n}': c for n, c in (('w1', 'gate'), ('w3', 'up'), ('w2', 'down'))}
+    routers = ('gate', 'router', 'router.layer', 'router.gate', 'router.classifier')
+    return t | {f'{b}.{g}': 'router' for b in ('mlp', 'block_sparse_moe', 'feed_forward', 'ffn', 'mixer') for g in routers} | {
+        'attn.c_attn': 'qkv', 'attn.c_proj': 'o', 'mlp.c_fc': 'up', 'mlp.c_proj': 'down', # GPT-2
+        'intermediate.dense': 'up', 'output.dense': 'down', 'mlp.dense_h_to_4h': 'up', 'mlp.dense_4h_to_h': 'down', 'mlp.fc_in': 'up', 'mlp.fc_out': 'down',
+        'self_attn.qkv_proj': 'qkv', 'attn.qkv_proj': 'qkv', 'attn.Wqkv': 'qkv', 'attn.Wo': 'o'}
 
 _SHORT = _table()
+
+# %% ../nbs/weights.ipynb #5f2e90ab
 _ENDS = dict.fromkeys('''embed_tokens wte embed_in word_embeddings embeddings.word_embeddings embeddings.tok_embeddings embeddings tokens_embed shared embed
-    tok_embeddings w'''.split(), 'embed') | dict.fromkeys('''lm_head embed_out head output output_projection proj_out unembed lm_head.decoder cls.predictions.decoder predictions.decoder
+    tok_embeddings'''.split(), 'embed') | dict.fromkeys('''lm_head embed_out head output output_projection proj_out unembed lm_head.decoder cls.predictions.decoder predictions.decoder
     decoder vocab_projector generator_lm_head pred_layer.proj'''.split(), 'head')
 _LEAF = dict(gate_proj='gate', up_proj='up', down_proj='down', w1='gate', w3='up', w2='down', wi='up', wi_0='gate', wi_1='up', wo='down', linear_gate='gate')
 _EXPERT = re.compile(r'^(?:layer\.\d+\.)?((?:\w+\.)*?)experts\.(?:expert_)?(\d+)\.(.+)$')
@@ -117,6 +124,7 @@ def _json(file) -> dict:
     if not isinstance(found, dict): raise CheckpointError(f'{file}: holds {type(found).__name__}, expected an object')
     return found
 
+# %% ../nbs/weights.ipynb #68e7d2c4
 def _indexed(file) -> list:
     "The shards of an index."
     names = _json(file).get('weight_map')
@@ -157,7 +165,7 @@ def _nothing(folder):
         return CheckpointMissing(f"{folder}: a Trainer's folder; give one of its checkpoints, such as {inner[-1]}")
     has = lambda pattern: next(folder.glob(pattern), None)
     if has('*.distcp') or has('*/*.distcp'): return CheckpointError(f'{folder}: shards of torch.distributed (.distcp) are not read; join them with accelerate merge-weights')
-    if has('global_step*') or has('zero_to_fp32.py'): return CheckpointError(f'{folder}: a DeepSpeed checkpoint; python zero_to_fp32.py . model --safe_serialization writes one that is read')
+    if has('global_step*') or has('zero_to_fp32.py'): return CheckpointError(f'{folder}: a DeepSpeed checkpoint; its zero_to_fp32.py with --safe_serialization writes one that is read')
     if f := has('*.bin') or has('*.pt') or has('*.pth'): return CheckpointError(f'{folder}: pickled weights ({f.suffix}) are not read; save the model once more with save_pretrained')
     if f := has('*.gguf'): return CheckpointMissing(f'{folder}: no .safetensors file in this folder; for its GGUF file give {f}')
     return CheckpointMissing(f'{folder}: no .safetensors file in this folder')
@@ -166,7 +174,7 @@ def _lost(source) -> str:
     "Why a source is neither on the disk nor on the Hub."
     path = Path(source)
     if path.is_file() and path.suffix in ('.bin', '.pt', '.pth'): return 'pickled weights are not read; save the model once more with save_pretrained'
-    if path.is_file(): return 'no .safetensors file'
+    if path.is_file(): return 'no .safetensors file' + '; a GGUF file is opened by open_checkpoint'*(path.suffix == '.gguf')
     return 'no such folder or .safetensors file, and no Hub id of the form owner/name' + ('' if re.search(r'[/.]', str(source)) else f" (a Hub id has an owner, as in owner/{source})")
 
 # %% ../nbs/weights.ipynb #e5f87f92
@@ -174,14 +182,14 @@ def _fetch(source, revision) -> tuple:
     "Folder and safetensors files of a folder, a file, or a Hub repository."
     path = Path(source)
     if path.is_dir(): return path, ([] if (path/'adapter_config.json').is_file() and any(path.glob('adapter_model.*')) else _shards(path))
-    if path.is_file() and path.suffix == '.safetensors': return path.parent, [path]
+    if path.is_file() and path.suffix == '.safetensors': return path.parent, [path]*(path.name != 'adapter_model.safetensors' or not (path.parent/'adapter_config.json').is_file())
     at = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?', str(source))
     if path.exists() or not at or str(source).startswith('.'): raise CheckpointMissing(f'{source}: {_lost(source)}')
     if at[2] and revision and at[2] != revision: raise CheckpointError(f'{source}: revision={revision!r} is another one')
     from huggingface_hub import snapshot_download # only here: a local run needs no Hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     wanted = ['*.safetensors', '*.safetensors.index.json', 'config.json', 'adapter_config.json']
-    try: return _fetch(snapshot_download(at[1], revision=at[2] or revision or None, allow_patterns=wanted, ignore_patterns=['original/*']), '')
+    try: return _fetch(snapshot_download(at[1], revision=at[2] or revision or None, allow_patterns=wanted, ignore_patterns=['original/*', 'consolidated*']), '')
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         if isinstance(e, Problem): raise
         raise CheckpointMissing(f"{source}: no such folder, and the Hub gives nothing: {str(e).strip().splitlines()[0]}") from e
@@ -195,10 +203,13 @@ def _resolved(config:dict) -> dict:
     try: return CONFIG_MAPPING[config['model_type']].from_dict({k: v for k, v in config.items() if k not in ('auto_map', 'quantization_config')}).to_dict()
     except Exception: return config # a configuration of another version: what it says itself
 
+_PLAIN = ('llama', 'mistral', 'mixtral', 'qwen2', 'qwen2_moe', 'qwen3', 'qwen3_moe', 'gpt_oss') # what they say is what holds
+
 def says_tied(config:dict # of config.json
     ) -> bool|None:       # None where it does not say
     "Whether head and embedding are one matrix."
     if not config: return None
+    if config.get('model_type') in _PLAIN and isinstance(said := config.get('tie_word_embeddings'), bool): return said
     full = _resolved(config)
     said = full.get('tie_word_embeddings', (full.get('text_config') or {}).get('tie_word_embeddings'))
     return said if said is None else bool(said)
@@ -226,6 +237,7 @@ class Matrix(NamedTuple):
     scales: tuple = ()    # of quantised weights: (form, file, key, rows and columns of a block)
     update: tuple = ()    # of an adapter: `Update`s to add
 
+# %% ../nbs/weights.ipynb #ba57f1e9
 class Stored(NamedTuple):
     "A tensor in a file."
     key: str
@@ -241,7 +253,7 @@ def _broken(file, e):
     return CheckpointError(f"{file}: cut short or not a safetensors file ({' '.join(str(e).split())[:200]})")
 
 @lru_cache(64) # a file of 18,000 experts has a megabyte of names
-def _contents(file, size, changed) -> dict:
+def _contents(file, *stamp) -> dict:
     "Key -> (dtype, shape, first byte, one past the last) of every tensor in a file."
     try:
         with safe_open(file, 'pt'): pass # header, offsets and length are checked there
@@ -255,24 +267,24 @@ def _contents(file, size, changed) -> dict:
 def _inside(file) -> dict:
     try: at = os.stat(file)
     except OSError as e: raise CheckpointMissing(f'{file}: cannot be read ({e})') from e
-    return _contents(file, at.st_size, at.st_mtime_ns)
+    return _contents(file, at.st_ino, at.st_size, at.st_mtime_ns)
 
 def _headers(file) -> list: # of `Stored`
     return [Stored(k, file, shape, dtype) for k, (dtype, shape, *_) in _inside(file).items()]
 
 # %% ../nbs/weights.ipynb #b7e2f016
-_DTYPES = dict(BF16=torch.bfloat16, F16=torch.float16, F32=torch.float32, F64=torch.float64, F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2, I8=torch.int8, U8=torch.uint8, I16=torch.int16,
-               I32=torch.int32, I64=torch.int64, BOOL=torch.bool) | {n: d for n, t in dict(F8_E8M0='float8_e8m0fnu', U16='uint16', U32='uint32', U64='uint64', C64='complex64').items() if (d := getattr(torch, t, None))}
+_DTYPES = dict(BF16='bfloat16', F16='float16', F32='float32', F64='float64', F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2', F8_E8M0='float8_e8m0fnu', C64='complex64', BOOL='bool')
+_DTYPES |= {f'{k}{n}': f'{w}{n}' for k, w in (('I', 'int'), ('U', 'uint')) for n in (8, 16, 32, 64)}
 
 def _part(lo, hi, shape, first, last) -> tuple: return lo + first*((hi - lo)//shape[0]), lo + last*((hi - lo)//shape[0])
 
 def _bytes(file, key, index=-1, rows=None) -> torch.Tensor:
     "A tensor, one of a stack, or some rows (first, one past the last) of that."
     dtype, shape, lo, hi = _inside(file)[key]
-    if dtype not in _DTYPES: raise MatrixError(f'{file}: {key} is stored as {dtype}, which is not read')
+    if not hasattr(torch, _DTYPES.get(dtype, '')): raise MatrixError(f'{file}: {key} is stored as {dtype}, which is not read')
     if index >= 0: lo, hi, shape = *_part(lo, hi, shape, index, index + 1), shape[1:]
     if rows: lo, hi, shape = *_part(lo, hi, shape, *rows), (rows[1] - rows[0], *shape[1:])
-    T = torch.empty(shape, dtype=_DTYPES[dtype])
+    T = torch.empty(shape, dtype=getattr(torch, _DTYPES[dtype]))
     with open(file, 'rb', buffering=0) as f:
         f.seek(lo)
         left = memoryview(T.reshape(-1).view(torch.uint8).numpy())
@@ -280,6 +292,7 @@ def _bytes(file, key, index=-1, rows=None) -> torch.Tensor:
     if len(left): raise CheckpointError(f'{file}: cut short in {key}')
     return T
 
+# %% ../nbs/weights.ipynb #8c19f4d7
 def _picked(T, m):
     "The view of a full tensor that a matrix is; not yet turned."
     T = T[m.index] if m.index >= 0 else T
@@ -345,11 +358,13 @@ def factors(u:Update
     if u.turned: A, B = B.mT, A.mT
     return (B[slice(*u.cut)] if u.cut else B).contiguous(), A.contiguous(), u.scale
 
-def merged(W:torch.Tensor, u:Update) -> torch.Tensor: # as W
+def merged(W:torch.Tensor, # (m, n)
+           u:Update
+    ) -> torch.Tensor:     # (m, n), dtype of W
     "A matrix with its update."
-    B, A, scale = factors(u)
+    (B, A, scale), wide = factors(u), torch.promote_types(W.dtype, torch.float32)
     if (len(B), A.shape[1]) != tuple(W.shape): raise MatrixError(f'{u.file}: {u.A} and {u.B} make {len(B)} x {A.shape[1]}, the matrix is {tuple(W.shape)}')
-    V = W.to(torch.promote_types(W.dtype, torch.float32)).addmm(B.to(torch.promote_types(W.dtype, torch.float32)), A.to(torch.promote_types(W.dtype, torch.float32)), alpha=scale)
+    V = W.to(wide).addmm(B.to(wide), A.to(wide), alpha=scale)
     if u.magnitude:
         axis = 0 if u.turned else 1 # the norm of what leads to one output
         V = V*(_bytes(u.file, u.magnitude).to(V).flatten()/V.norm(dim=axis)).unsqueeze(axis)
@@ -420,218 +435,35 @@ def _experts(place, word, parts, config, biased) -> list: # of `Matrix`
 _FLOATS = ('BF16', 'F16', 'F32', 'F64')
 _FP8 = ('F8_E4M3', 'F8_E5M2')
 _PACKED = ('U8', 'I8', 'I32', 'I64', 'U32', 'I16', 'F4')
-_SIGNS = {'.g_idx': 'GPTQ', '.qweight': 'AWQ or GPTQ', '.absmax': 'bitsandbytes (4 bit)', '.SCB': 'bitsandbytes (8 bit)', '.weight_format': 'bitsandbytes (8 bit)', '.weight_packed': 'compressed-tensors', '.weight_scale_2': 'NVFP4 (ModelOpt)',
-          '.W_q': 'HQQ', '.codebooks': 'AQLM', '.weight._data': 'quanto or torchao', '.trellis': 'QTIP', '.qidxs': 'QuIP'}
+_SIGNS = {'.g_idx': 'GPTQ', '.qweight': 'AWQ or GPTQ', '.absmax': 'bitsandbytes (4 bit)', '.SCB': 'bitsandbytes (8 bit)', '.weight_format': 'bitsandbytes (8 bit)',
+          '.weight_packed': 'compressed-tensors', '.weight_scale_2': 'NVFP4 (ModelOpt)', '.W_q': 'HQQ', '.codebooks': 'AQLM', '.weight._data': 'quanto or torchao'}
 
-def _method(config) -> str:
-    for c in (config, config.get('text_config') or {}):
-        if q := c.get('quantization_config'): return str(q.get('quant_method', 'an unnamed method'))
-    return ''
+def _quantization(config) -> dict: return config.get('quantization_config') or (config.get('text_config') or {}).get('quantization_config') or {}
 
 def _refused(tensors, config) -> str:
     "The quantisation that is not read here, or ''."
     for end, name in _SIGNS.items():
         if any(t.key.endswith(end) for t in tensors): return name
-    method = _method(config)
+    q, keys = _quantization(config), {t.key for t in tensors}
+    method = str(q.get('quant_method', 'an unnamed method')) if q else ''
     blocks = {t.key.removesuffix('_blocks') for t in tensors if t.key.endswith('_blocks')}
     packed = [t for t in tensors if t.dtype in _PACKED and len(t.shape) > 1 and t.key.endswith(('weight', '_proj'))]
-    return (method or 'packed integers') if packed and method and not blocks else ''
+    scaled = any(f'{t.key}{end}' in keys for t in packed for end in ('_scale', '_scale_inv', '_scales'))
+    return (method or 'integers and scales') if packed and (method or scaled) and not blocks else ''
 
+# %% ../nbs/weights.ipynb #1d84e6b9
 def _scales_of(tensors, config) -> dict:
     "Key of an FP8 or MXFP4 weight -> (form, file, key of its scales, block)."
     by, out = {t.key: t for t in tensors}, {}
-    q = config.get('quantization_config') or {}
-    block = tuple(q.get('weight_block_size') or (128, 128))
+    block = tuple(_quantization(config).get('weight_block_size') or (128, 128))
     for t in tensors:
-        if t.key.endswith('_blocks') and t.dtype == 'U8' and (s := by.get(t.key.removesuffix('_blocks') + '_scales')): out[t.key] = ('mxfp4', s.file, s.key, ())
+        s = by.get(t.key.removesuffix('_blocks') + '_scales')
+        if s and t.key.endswith('_blocks') and t.dtype == 'U8': out[t.key] = ('mxfp4', s.file, s.key, ())
         if t.dtype not in _FP8: continue
         stem = t.key.removesuffix('weight').removesuffix('.')
         names = (f'{t.key}_scale_inv', f'{t.key}_scale', f'{stem}.scale', f'{stem}.scale_weight')
         if s := next((by[n] for n in names if n in by), None): out[t.key] = ('fp8', s.file, s.key, block)
     return out
-
-# %% ../nbs/weights.ipynb #c402e8b6
-_VALUE = re.compile(r'(^|\.)(v_head|value_head|critic_head)\.')
-WHY = dict(vector='norms, biases and other vectors: no singular directions', stack='convolutions and other tensors of three or more dimensions', integer='integers and flags',
-           value='value heads: they belong to the trainer', bias='biases of experts: a vector each', fp8='FP8 without scales: not read as weights', table='scales of quantised weights',
-           lora='factors of an adapter that was not merged', empty='tensors without elements') # reasons, for what is no matrix
-
-def _reason(t, rest, scales) -> str:
-    "Why a tensor is no matrix, or '' where it is one."
-    if 0 in t.shape: return 'empty'
-    if _VALUE.search(t.key): return 'value'
-    if re.search(r'\.(lora_\w+|original_module)\b', t.key): return 'lora'
-    if t.dtype in _FP8 and t.key not in scales: return 'fp8'
-    if t.dtype not in _FLOATS and t.key not in scales: return 'integer'
-    if len(t.shape) < 2: return 'vector'
-    if len(t.shape) == 2 and t.key.endswith('bias'): return 'bias'
-    return 'stack' if len(t.shape) > 2 else ''
-
-class _Sorted:
-    "The tensors of a checkpoint, told apart."
-    def __init__(self, source, tensors, config):
-        if name := _refused(tensors, config): raise CheckpointError(f'{source}: quantised with {name}; not read: save a dequantised copy')
-        scales = _scales_of(tensors, config)
-        tables = {s[2] for s in scales.values()}
-        self.source, self.scales, self.matrices, self.others, self.left, self.tables, stacks, plain = source, scales, [], {}, {}, [], {}, []
-        placed = [(t, *_split(t.key)) for t in tensors]
-        alone = {stack for t, stack, layer, _ in placed if layer >= 0 and not t.dtype.startswith('I')}
-        self.lone = next(iter(alone)) if len(alone) == 1 else ''
-        for t, *at in placed:
-            stack, layer, rest = self.moved(*at)
-            if t.key in tables: self.tables.append(t); self.left.setdefault('table', []).append(t); continue
-            if layer >= 0 and (t.dtype in _FLOATS or t.key in scales) and (at := _fused(rest, t)): stacks.setdefault((stack, layer, *at[:2]), {})[at[2]] = t; continue
-            if layer >= 0 and self.flat(t, stack, layer, rest, config): continue
-            why = _reason(t, rest, scales)
-            if why: self.left.setdefault(why, []).append(t); plain.append((t, stack, layer, rest)); continue
-            self.add(t, stack, layer, _kind(rest) if layer >= 0 else _ENDS.get(rest, rest))
-        biased = any('experts' in t.key and t.key.endswith('_bias') for t in tensors)
-        for (stack, layer, block, word), parts in stacks.items(): self.matrices += _experts((stack, layer, block), word, parts, config, biased)
-        for t, *at in plain: self.others[self.free(_joined(*at), t)] = t
-        beside = '' in alone and len(alone) > 1 # the layers of a draft head are no layers of the model
-        self.matrices = [m._replace(layer=-1, type=m.name) if beside and not m.name.startswith('layers.') and m.layer >= 0 else m for m in self.matrices]
-        self.matrices = [m._replace(scales=scales[m.key]) if m.key in scales else m for m in self.matrices]
-
-    def moved(self, stack, layer, rest) -> tuple:
-        "A place, without the stack's name where there is only one."
-        if not self.lone: return stack, layer, rest
-        if layer >= 0: return '', layer, rest
-        return '', -1, _outside(rest.removeprefix(self.lone + '.'))
-
-    def name(self, key) -> str:
-        "The canonical name of a key that may not be in the files."
-        stack, layer, rest = self.moved(*_split(key))
-        return _joined(stack, layer, _kind(rest) if layer >= 0 else _ENDS.get(rest, rest))
-
-    def add(self, t, stack, layer, kind): self.matrices.append(Matrix(_joined(stack, layer, kind), t.key, t.file, t.shape, t.dtype, layer, kind))
-
-    def free(self, name, t) -> str: return name if name not in self.others else t.key
-
-    def flat(self, t, stack, layer, rest, config) -> bool:
-        "DBRX: all experts below each other in one matrix."
-        at, n = re.match(r'^ffn\.experts\.mlp\.(w1|v1|w2)$', rest), (config.get('ffn_config') or {}).get('moe_num_experts', 0)
-        if not at or not n or len(t.shape) != 2: return False
-        half, rows = dict(w1='gate', v1='up', w2='down')[at[1]], t.shape[0]//n
-        for e in range(n):
-            shape = (t.shape[1], rows) if half == 'down' else (rows, t.shape[1])
-            self.matrices.append(Matrix(_joined(stack, layer, f'experts.{e}.{half}'), t.key, t.file, shape, t.dtype, layer, f'experts.{e}.{half}', -1, (0, e*rows, (e + 1)*rows, 1), half == 'down'))
-        return True
-
-    def by_name(self) -> dict:
-        "Canonical name -> `Matrix`, in model order."
-        out = {}
-        for m in self.matrices:
-            if m.name in out: raise CheckpointError(f'{self.source}: {m.key} and {out[m.name].key} are both {m.name}')
-            out[m.name] = m
-        if not out: raise CheckpointError(f'{self.source}: no 2-D floating-point weights in it')
-        return {m.name: m for m in sorted(out.values(), key=_order)}
-
-# %% ../nbs/weights.ipynb #37fa0d85
-def _same(a, b) -> bool:
-    "Whether two matrices of one shape hold the same numbers, read in parts."
-    if a.shape != b.shape or a.dtype != b.dtype: return False
-    parts = ((i, min(i + 4096, a.shape[0])) for i in range(0, a.shape[0], 4096))
-    return all(torch.equal(*(_bytes(m.file, m.key, rows=at) for m in (a, b))) for at in parts)
-
-def _copies(matrices) -> list:
-    "Names of further copies of the embedding: a tied head, and those of encoder and decoder."
-    return [n for n in ('head', 'encoder.embed_tokens', 'decoder.embed_tokens') if n in matrices and 'embed' in matrices]
-
-def _ends(matrices, said) -> tuple:
-    "The matrices, whether head and embedding are one, copies of the embedding by name, and what is to be told."
-    notes, copies = [], {}
-    if said is None: return matrices, 'embed' in matrices and 'head' not in matrices, {}, ['no config.json says whether head and embedding are tied: they are where there is no head']*('head' not in matrices)
-    if said and 'head' in matrices and 'embed' not in matrices: # a save of shared tensors under the other name
-        matrices = {'embed': matrices['head']._replace(name='embed', type='embed')} | {n: m for n, m in matrices.items() if n != 'head'}
-    if said:
-        for n in _copies(matrices):
-            if _same(matrices['embed'], matrices[n]): copies[n] = matrices[n]
-            elif n == 'head': said = False; notes.append('config.json ties head and embedding, but the files hold two different ones: as transformers, both are read')
-    matrices = {n: m for n, m in matrices.items() if n not in copies}
-    if not said and 'head' not in matrices and 'embed' in matrices: notes.append('config.json does not tie head and embedding, and no head is in the files: it is absent')
-    return matrices, bool(said) and 'embed' in matrices, copies, notes
-
-# %% ../nbs/weights.ipynb #1f7ed2c1
-_CONV1D = ('gpt2', 'openai-gpt', 'imagegpt', 'decision_transformer') # their layers are stored as (inputs, outputs)
-
-class Checkpoint:
-    "The weights of a checkpoint, by canonical name; `files` maps each file to all the names in it."
-    def __init__(self, source,        # folder, .safetensors file, or Hub id 'owner/name', 'owner/name@revision'
-                 revision:str='',     # of a Hub repository
-                 base=''):            # of an adapter: another source, in place of the one it names
-        self.source, self.revision, self.notes = str(source), revision, []
-        self.home, files = _fetch(source, revision)
-        self.base, self.adapter = None, {} # of an adapter: the `Checkpoint` below it, and what is told of it
-        if files: self._read(files)
-        else: self._merge(base)
-        if files and base: raise CheckpointError(f'{source}: base={str(base)!r} is for an adapter, and this is none')
-
-    def _read(self, files):
-        config = self.home/'config.json'
-        self.config = _json(config) if config.is_file() else {}
-        if not self.config: self.notes.append('no config.json: the architecture is guessed from names and shapes')
-        heads = {f: _headers(f) for f in files}
-        self.files = {f: [t.key for t in found] for f, found in heads.items()}
-        tensors = {t.key: t for found in heads.values() for t in found} # the last one counts, as in transformers
-        twice = sum(map(len, heads.values())) - len(tensors)
-        if twice: self.notes.append(f'{twice} tensors are in more than one shard; the last shard counts')
-        extra = sorted(p.name for p in files[0].parent.glob('*.safetensors') if p not in files) if len(files) > 1 or files[0].name == 'model.safetensors' else []
-        if extra: self.notes.append(f'not part of the model: {_few(extra)}')
-        self._sorted = found = _Sorted(self.source, list(tensors.values()), self.config)
-        self.matrices, self.tied, self.copies, notes = _ends(found.by_name(), says_tied(self.config)) # name -> Matrix
-        self.notes += notes
-        self.others, self.size = found.others, sum(t.size for t in tensors.values())
-        self.left_out = [(WHY[k], len(ts), sum(t.size for t in ts)) for k, ts in found.left.items()] # (why, tensors, parameters)
-        forms = {s[0] for s in found.scales.values()}
-        self.dequantized = ', '.join({'fp8': 'FP8 times its scales', 'mxfp4': 'MXFP4'}[f] for f in sorted(forms)) # '' where nothing was quantised
-        if self.config.get('model_type') in _CONV1D: self.notes.append('stored as (inputs, outputs): left and right singular vectors change places')
-
-    @property
-    def headless(self) -> bool: return 'embed' in self.matrices and 'head' not in self.matrices and not self.tied
-    @property
-    def unwritable(self) -> str: # '' where an edited copy can be written
-        if self.dequantized: return f'{self.source}: its weights are quantised ({self.dequantized}); edits are not written into them'
-        return f'{self.source}: its adapter unties head and embedding, which its base stores as one' if self.base and self.base.tied and not self.tied else ''
-    @property
-    def writable(self) -> bool: return not self.unwritable
-    def names(self, pattern:str='*') -> list: return select(list(self.matrices), pattern)
-    def text(self) -> str: # without vision tower, projector and cross-attention, where there are any
-        "A pattern of the matrices with a part in text."
-        cross = {m.layer for m in self.matrices.values() if m.type.startswith('cross_') and m.name.startswith('layers.')} # an encoder's reader is part of the text
-        return ','.join(n for n, m in self.matrices.items() if m.layer not in cross and not (m.layer < 0 and _TOWER.search(n.split('.')[0])))
-    def shapes(self) -> dict: return {n: m.shape for n, m in self.matrices.items()}
-    def read(self, name:str, finite:bool=True) -> torch.Tensor: return read_matrix(self[name], finite)
-    def read_other(self, name:str) -> torch.Tensor: return _tensor(self.others[name])
-    def factors(self, name:str) -> tuple|None: # B (m, r), A (r, n), scale; None where the update has no such form, or is none
-        "The update of an adapter to one matrix of `base`."
-        last = self[name].update[-1:]
-        return factors(last[0]) if self.base and last and not last[0].magnitude and self[name].file in self.files else None
-    def written(self, key:str) -> torch.Tensor|None: # None where the bytes of the file are right
-        "The tensor that stands for `key` of `files` once the adapter is merged."
-        if not self.base or key not in self._touched: return None
-        place, names = self._touched[key]
-        T = _tensor(place)
-        for n in names: put_slice(T, self.base[n], self.read(n))
-        return T
-    def stamp(self) -> list: # [path, bytes, time of change]
-        "What tells whether the files are still the same."
-        own = [self.home/n for n in ('adapter_config.json', 'adapter_model.safetensors')]*bool(self.base)
-        return [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for f in (*self.files, *own)]
-    def groups(self) -> dict: return _groups(self.matrices.values())
-    def name_of(self, key:str) -> str: return self._sorted.name(key)
-    def summary(self) -> dict: # ready for JSON
-        "What was opened, what is read and what is not."
-        left = sum(n for *_, n in self.left_out)
-        return dict(source=self.source, revision=self.revision, model_type=self.config.get('model_type', ''), matrices=len(self.matrices), others=len(self.others), parameters=self.size,
-                    tied=self.tied, headless=self.headless, left_out=[dict(why=w, tensors=t, parameters=n) for w, t, n in self.left_out], share_left_out=left/self.size if self.size else 0.,
-                    dequantized=self.dequantized, adapter=dict(self.adapter), notes=list(self.notes))
-    def __getitem__(self, name:str) -> Matrix:
-        if name == 'head' and self.tied: name = 'embed'
-        if name not in self.matrices: raise KeyError(f'{name!r} is no matrix of {self.source}; there are {_few(self.matrices)}')
-        return self.matrices[name]
-    def __repr__(self): return f"Checkpoint({self.source!r}: {len(self.matrices)} matrices, {'tied' if self.tied else 'untied'})"
-
-def _tensor(t) -> torch.Tensor: return _bytes(t.file, t.key)
 
 # %% ../nbs/weights.ipynb #71711499
 def _order(m) -> tuple:
@@ -651,6 +483,7 @@ def _few(names, n=4) -> str:
     names = list(map(str, names))
     return ', '.join(names[:n]) + (f', ... ({len(names)} in all)' if len(names) > n else '')
 
+# %% ../nbs/weights.ipynb #06c2fd71
 def kinds(names:list # canonical names, or types
     ) -> list:       # with a star for each number, in order of appearance
     "The patterns of many names: 'layers.*.experts.*.gate'."
@@ -666,22 +499,231 @@ def select(names:list,    # canonical names
     if dead or not parts: raise CheckpointError(f'matrices={pattern!r}: {(dead or [pattern])[0]!r} matches none of {_few(kinds(names), 12)}')
     return [n for n in names if any(hit(n, p) for p in parts)]
 
+# %% ../nbs/weights.ipynb #c402e8b6
+_VALUE = re.compile(r'(^|\.)(v_head|value_head|critic_head)\.')
+WHY = dict(vector='norms, biases and other vectors: no singular directions', stack='convolutions and other tensors of three or more dimensions',
+           integer='integers and flags', value='value heads: they belong to the trainer', bias='biases of experts: a vector each', fp8='FP8 without scales: not read as weights',
+           table='scales of quantised weights', lora='factors of an adapter that was not merged', empty='tensors without elements') # reasons, for what is no matrix
+
+def _reason(t, rest, scales) -> str:
+    "Why a tensor is no matrix, or '' where it is one."
+    if 0 in t.shape: return 'empty'
+    if _VALUE.search(t.key): return 'value'
+    if re.search(r'\.(lora_\w+|original_module)\b', t.key): return 'lora'
+    if t.dtype in _FP8 and t.key not in scales: return 'fp8'
+    if t.dtype not in _FLOATS and t.key not in scales: return 'integer'
+    if len(t.shape) < 2: return 'vector'
+    if len(t.shape) == 2 and t.key.endswith('bias'): return 'bias'
+    return 'stack' if len(t.shape) > 2 else ''
+
+# %% ../nbs/weights.ipynb #2a97c0e5
+class _Sorted:
+    "The tensors of a checkpoint, told apart."
+    def __init__(self, source, tensors, config):
+        if name := _refused(tensors, config): raise CheckpointError(f'{source}: quantised with {name}; not read: save a dequantised copy')
+        self.source, self.config, self.scales = source, config, _scales_of(tensors, config)
+        self.tables = {s[2] for s in self.scales.values()}
+        self.matrices, self.others, self.left, self.stacks = [], {}, {}, {}
+        self.apart = any(_split(t.key)[1] >= 0 for t in tensors) # a vision model alone: its tower is the model
+        split = {t: _split(t.key, self.apart) for t in tensors}
+        alone = {stack for t, (stack, layer, _) in split.items() if layer >= 0 and not t.dtype.startswith('I')}
+        self.lone = next(iter(alone)) if len(alone) == 1 else ''
+        for t, at in split.items(): self.put(t, *self.moved(*at))
+        biased = any('experts' in t.key and t.key.endswith('_bias') for t in tensors)
+        for (*at, word), parts in self.stacks.items(): self.matrices += _experts(at, word, parts, config, biased)
+        if '' in alone and len(alone) > 1: # the layers of a draft head are no layers of the model
+            self.matrices = [m if m.layer < 0 or m.name.startswith('layers.') else m._replace(layer=-1, type=m.name) for m in self.matrices]
+        self.matrices = [m._replace(scales=self.scales.get(m.key, ())) for m in self.matrices]
+
+    def moved(self, stack, layer, rest) -> tuple:
+        "A place, without the stack's name where there is only one."
+        if not self.lone: return stack, layer, rest
+        return ('', layer, rest) if layer >= 0 else ('', -1, _outside(rest.removeprefix(self.lone + '.')))
+
+    def place(self, key) -> tuple: return self.moved(*_split(key, self.apart))
+
+    def name(self, key) -> str:
+        "The canonical name of a key that may not be in the files."
+        stack, layer, rest = self.place(key)
+        return _joined(stack, layer, _kind(rest) if layer >= 0 else _ENDS.get(rest, rest))
+
+# %% ../nbs/weights.ipynb #90c4fe32
+@patch
+def put(self:_Sorted, t, stack, layer, rest):
+    "Puts one tensor where it belongs."
+    floats = t.dtype in _FLOATS or t.key in self.scales
+    if t.key in self.tables: why = 'table'
+    elif layer >= 0 and floats and (at := _fused(rest, t)): return self.stacks.setdefault((stack, layer, *at[:2]), {}).update({at[2]: t})
+    elif layer >= 0 and floats and (more := self.flat(t, stack, layer, rest) + self.piled(t, stack, layer, rest)): return self.matrices.extend(more)
+    elif not (why := _reason(t, rest, self.scales)): return self.matrices.append(self.matrix(t, stack, layer, _kind(rest) if layer >= 0 else _ENDS.get(rest, rest)))
+    self.left.setdefault(why, []).append(t)
+    if why != 'table': self.others[t.key if _joined(stack, layer, rest) in self.others else _joined(stack, layer, rest)] = t
+
+@patch
+def matrix(self:_Sorted, t, stack, layer, kind, shape=None, **more): return Matrix(_joined(stack, layer, kind), t.key, t.file, shape or t.shape, t.dtype, layer, kind, **more)
+
+@patch
+def flat(self:_Sorted, t, stack, layer, rest) -> list: # of `Matrix`
+    "The experts of DBRX."
+    at, n = re.match(r'^ffn\.experts\.mlp\.(w1|v1|w2)$', rest), (self.config.get('ffn_config') or {}).get('moe_num_experts', 0)
+    if not at or not n or len(t.shape) != 2: return []
+    half, rows, turned = dict(w1='gate', v1='up', w2='down')[at[1]], t.shape[0]//n, at[1] == 'w2'
+    shape = (t.shape[1], rows) if turned else (rows, t.shape[1])
+    return [self.matrix(t, stack, layer, f'experts.{e}.{half}', shape, cut=(0, e*rows, (e + 1)*rows, 1), transposed=turned) for e in range(n)]
+
+@patch
+def piled(self:_Sorted, t, stack, layer, rest) -> list: # of `Matrix`
+    "Experts of another kind: one matrix each, as stored."
+    at = re.match(r'^(.*experts)\.(\w+)$', rest)
+    if not at or len(t.shape) != 3 or 0 in t.shape or t.dtype not in _FLOATS: return []
+    return [self.matrix(t, stack, layer, f'{at[1]}.{e}.{at[2]}', t.shape[1:], index=e) for e in range(t.shape[0])]
+
+@patch
+def by_name(self:_Sorted) -> dict:
+    "Canonical name -> `Matrix`, in model order."
+    out = {}
+    for m in self.matrices:
+        if m.name in out: raise CheckpointError(f'{self.source}: {m.key} and {out[m.name].key} are both {m.name}')
+        out[m.name] = m
+    if not out and 'lora' in self.left: raise CheckpointError(f'{self.source}: factors of an adapter, without the adapter_config.json that says their scale')
+    if not out: raise CheckpointError(f'{self.source}: no 2-D floating-point weights in it')
+    return {m.name: m for m in sorted(out.values(), key=_order)}
+
+# %% ../nbs/weights.ipynb #37fa0d85
+def _same(a, b) -> bool:
+    "Whether two matrices of one shape hold the same numbers, read in parts."
+    if a.shape != b.shape or a.dtype != b.dtype: return False
+    parts = ((i, min(i + 4096, a.shape[0])) for i in range(0, a.shape[0], 4096))
+    return all(torch.equal(*(_bytes(m.file, m.key, rows=at) for m in (a, b))) for at in parts)
+
+def _copies(matrices) -> list:
+    "Names of further copies of the embedding: a tied head, and those of encoder and decoder."
+    return [n for n in ('head', 'encoder.embed_tokens', 'decoder.embed_tokens') if n in matrices and 'embed' in matrices]
+
+def _ends(matrices, said) -> tuple:
+    "The matrices, whether head and embedding are one, copies of the embedding by name, and what is to be told."
+    notes, copies = [], {}
+    if said is None:
+        if 'head' not in matrices: notes.append('no config.json says whether head and embedding are tied: they are where there is no head')
+        return matrices, 'embed' in matrices and 'head' not in matrices, {}, notes
+    if said and 'head' in matrices and 'embed' not in matrices: # a save of shared tensors under the other name
+        matrices = {'embed': matrices['head']._replace(name='embed', type='embed')} | {n: m for n, m in matrices.items() if n != 'head'}
+    if said:
+        for n in _copies(matrices):
+            if _same(matrices['embed'], matrices[n]): copies[n] = matrices[n]
+            elif n == 'head': said = False; notes.append('config.json ties head and embedding, but the files hold two different ones: as transformers, both are read')
+    matrices = {n: m for n, m in matrices.items() if n not in copies}
+    if not said and 'head' not in matrices and 'embed' in matrices: notes.append('config.json does not tie head and embedding, and no head is in the files: it is absent')
+    return matrices, bool(said) and 'embed' in matrices, copies, notes
+
+# %% ../nbs/weights.ipynb #1f7ed2c1
+class Checkpoint:
+    "The weights of a checkpoint, by canonical name; `files` maps each file to all the names in it."
+    def __init__(self, source,        # folder, .safetensors file, or Hub id 'owner/name', 'owner/name@revision'
+                 revision:str='',     # of a Hub repository
+                 base=''):            # of an adapter: another source, in place of the one it names
+        self.source, self.revision, self.notes = str(source), revision, []
+        self.home, files = _fetch(source, revision)
+        self.base, self.adapter = None, {} # of an adapter: the `Checkpoint` below it, and what is told of it
+        if files and base: raise CheckpointError(f'{source}: base={str(base)!r} is for an adapter, and this is none')
+        self._read(files) if files else self._merge(base)
+
+    def names(self, pattern:str='*') -> list: return select(list(self.matrices), pattern)
+    def shapes(self) -> dict: return {n: m.shape for n, m in self.matrices.items()}
+    def read(self, name:str, finite:bool=True) -> torch.Tensor: return read_matrix(self[name], finite)
+    def read_other(self, name:str) -> torch.Tensor: return _tensor(self.others[name])
+    def factors(self, name:str) -> tuple|None: # as `factors`, of the update to one matrix of `base`; None where it has no such form, or is none
+        last = self[name].update[-1:]
+        return factors(last[0]) if self.base and last and not last[0].magnitude and self[name].file in self.files else None
+    def groups(self) -> dict: return _groups(self.matrices.values())
+    def name_of(self, key:str) -> str: return self._sorted.name(key)
+    def __getitem__(self, name:str) -> Matrix:
+        if name == 'head' and self.tied: name = 'embed'
+        if name not in self.matrices: raise KeyError(f'{name!r} is no matrix of {self.source}; there are {_few(self.matrices)}')
+        return self.matrices[name]
+    def __repr__(self): return f"Checkpoint({self.source!r}: {len(self.matrices)} matrices, {'tied' if self.tied else 'untied'})"
+
+def _tensor(t) -> torch.Tensor: return _bytes(t.file, t.key)
+
+# %% ../nbs/weights.ipynb #a7f4c05e
+@patch
+def _read(self:Checkpoint, files):
+    "Takes in configuration and headers."
+    config = self.home/'config.json'
+    self.config = _json(config) if config.is_file() else {}
+    heads = {f: _headers(f) for f in files}
+    self.files = {f: [t.key for t in found] for f, found in heads.items()}
+    tensors = {t.key: t for found in heads.values() for t in found} # the last one counts, as in transformers
+    self._sorted = found = _Sorted(self.source, list(tensors.values()), self.config)
+    self.matrices, self.tied, self.copies, notes = _ends(found.by_name(), says_tied(self.config)) # name -> Matrix
+    self.others, self.size = found.others, sum(t.size for t in tensors.values()) # name -> Stored; parameters in all
+    self.left_out = [(WHY[k], len(ts), sum(t.size for t in ts)) for k, ts in found.left.items()] # (why, tensors, parameters)
+    forms = sorted({s[0] for s in found.scales.values()})
+    self.dequantized = ', '.join(dict(fp8='FP8 times its scales', mxfp4='MXFP4')[f] for f in forms) # '' where nothing was quantised
+    self.notes += notes + self._remarks(files, sum(map(len, heads.values())) - len(tensors))
+
+_CONV1D = ('gpt2', 'openai-gpt', 'imagegpt', 'decision_transformer') # their layers are stored as (inputs, outputs)
+
+@patch
+def _remarks(self:Checkpoint, files, twice) -> list:
+    "What a reader should know of files and layers."
+    extra = sorted(p.name for p in files[0].parent.glob('*.safetensors') if p not in files) if len(files) > 1 or files[0].name == 'model.safetensors' else []
+    shards, depth = len(_numbered([files[0].name])), (self.config.get('text_config') or self.config).get('num_hidden_layers')
+    over = sorted({m.layer for m in self.matrices.values() if isinstance(depth, int) and m.layer >= depth})
+    told = {'no config.json: the architecture is guessed from names and shapes': not self.config, f'{twice} tensors are in more than one shard; the last shard counts': twice,
+            f'not part of the model: {_few(extra)}': extra, f'one of {shards} shards: the others are not read': len(files) == 1 < shards,
+            f'layers {over and over[0]} to {over and over[-1]} are beyond num_hidden_layers={depth} of config.json, as draft layers are': over,
+            'stored as (inputs, outputs): left and right singular vectors change places': self.config.get('model_type') in _CONV1D}
+    return [words for words, so in told.items() if so]
+
+# %% ../nbs/weights.ipynb #e4190c7b
+@patch(as_prop=True)
+def headless(self:Checkpoint) -> bool: return 'embed' in self.matrices and 'head' not in self.matrices and not self.tied
+
+@patch(as_prop=True)
+def unwritable(self:Checkpoint) -> str: # '' where an edited copy can be written
+    "Why no edit can be written into a copy of the files."
+    if self.dequantized: return f'{self.source}: its weights are quantised ({self.dequantized}); edits are not written into them'
+    return f'{self.source}: its adapter unties head and embedding, which its base stores as one' if self.base and self.base.tied and not self.tied else ''
+
+@patch(as_prop=True)
+def writable(self:Checkpoint) -> bool: return not self.unwritable
+
+@patch
+def text(self:Checkpoint) -> str: # without vision tower, projector and cross-attention, where there are any
+    "A pattern of the matrices with a part in text."
+    cross = {m.layer for m in self.matrices.values() if m.type.startswith('cross_') and m.name.startswith('layers.')} # an encoder's reader is part of the text
+    return ','.join(n for n, m in self.matrices.items() if m.layer not in cross and not (m.layer < 0 and _TOWER.search(n.split('.')[0])))
+
+@patch
+def stamp(self:Checkpoint) -> list: # [path, bytes, time of change]
+    "What tells whether the files are still the same."
+    own = [self.home/n for n in ('adapter_config.json', 'adapter_model.safetensors')]*bool(self.base)
+    return [[str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns] for f in (*self.files, *own)]
+
+@patch
+def summary(self:Checkpoint) -> dict: # ready for JSON
+    "What was opened, what is read and what is not."
+    left = [dict(why=w, tensors=t, parameters=n) for w, t, n in self.left_out]
+    return dict(source=self.source, revision=self.revision, model_type=self.config.get('model_type', ''), matrices=len(self.matrices), others=len(self.others), parameters=self.size,
+                tied=self.tied, headless=self.headless, left_out=left, share_left_out=sum(x['parameters'] for x in left)/max(self.size, 1), dequantized=self.dequantized,
+                adapter=dict(self.adapter), notes=list(self.notes))
+
 # %% ../nbs/weights.ipynb #f6b02d38
-def open_checkpoint(source,          # a file in params/, a folder, a .safetensors or .gguf file, or a Hub id; a `Checkpoint` stays what it is
+def open_checkpoint(source,          # a file in params/, one of its shipped checkpoints such as 'tiny:peak', a folder, a .safetensors or .gguf file, or a Hub id; a `Checkpoint` stays what it is
                     revision:str='', # of a Hub repository
                     cfg=None,        # resolved parameters, where `source` is their model
                     base=''          # of an adapter: a source, in place of the one it names
     ) -> Checkpoint:
     "The weights of a model, wherever they are."
     if isinstance(source, Checkpoint): return source
-    path = Path(source)
-    if path.is_dir() and str(source) not in models() or path.suffix == '.safetensors': return Checkpoint(source, revision, base)
-    if path.suffix != '.gguf' and str(source) not in models(): return Checkpoint(source, revision, base)
+    named = str(source).split(':')[0] in models()
+    if not named and Path(source).suffix != '.gguf': return Checkpoint(source, revision, base)
     from rlsft_nb.models import converted, locate # only here: they bring transformers along
     folder, own, gguf = locate(str(source), cfg)
-    if not gguf: return Checkpoint(folder, revision or own or '', base)
-    ck = Checkpoint(converted(Path(folder)/gguf))
-    ck.source, ck.dequantized = str(source), f'GGUF, converted to fp32 by transformers: {gguf}'
+    ck = Checkpoint(converted(Path(folder)/gguf) if gguf else folder, '' if gguf else revision or own or '', base)
+    if gguf: ck.dequantized = f'GGUF, converted to fp32 by transformers: {gguf}'
+    if Path(folder).is_dir(): ck.source = str(source) # a Hub id says more than a name in params/
     return ck
 
 # %% ../nbs/weights.ipynb #70d5b3e9
@@ -692,12 +734,14 @@ def _lora_config(folder) -> dict:
     config = _json(folder/'adapter_config.json')
     kind, start = str(config.get('peft_type') or 'LORA').upper(), str(config.get('init_lora_weights', True)).lower()
     if kind != 'LORA': raise CheckpointError(f'{folder}: an adapter of kind {kind}; LoRA is read: merge it (merge_and_unload) and save the model')
-    if start.startswith(('pissa', 'olora', 'loftq', 'corda', 'lora_ga')): raise CheckpointError(f'{folder}: init_lora_weights={start!r} changed the base, which is not in this folder; merge it (merge_and_unload) and save the model')
+    if start.startswith(('pissa', 'olora', 'loftq', 'corda', 'lora_ga')):
+        raise CheckpointError(f'{folder}: init_lora_weights={start!r} changed the base, which is not in this folder; merge it (merge_and_unload) and save the model')
     for k in ('layer_replication', 'alora_invocation_tokens', 'trainable_token_indices', 'use_qalora', 'arrow_config'):
         if config.get(k): raise CheckpointError(f'{folder}: {k} is not read; merge it (merge_and_unload) and save the model')
     if not (folder/'adapter_model.safetensors').is_file(): raise CheckpointError(f'{folder}: no adapter_model.safetensors; pickled adapters are not read')
     return config
 
+# %% ../nbs/weights.ipynb #fb46c1d8
 def _pattern(patterns, module, default):
     "The entry of `rank_pattern` or `alpha_pattern` for a module, as PEFT finds it."
     return next((v for k, v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', module)), default)
@@ -718,7 +762,7 @@ def _paired_factors(tensors) -> tuple:
 # %% ../nbs/weights.ipynb #14c7a9d8
 def _expert_updates(base, module, A, B, config) -> dict: # name -> `Update`
     "The updates of all experts of a layer from one pair of factors."
-    stack, layer, rest = base._sorted.moved(*_split(module))
+    stack, layer, rest = base._sorted.place(module)
     start = _joined(stack, layer, '.'.join([w for w in rest.split('.') if w not in _BLOCKS] + ['']))
     mine = [m for n, m in base.matrices.items() if n.startswith(start)]
     count, given = len({m.name.rsplit('.', 1)[0] for m in mine}), (B.shape[0], A.shape[1])
@@ -734,14 +778,20 @@ def _expert_updates(base, module, A, B, config) -> dict: # name -> `Update`
         return {m.name: Update(A.file, A.key, B.key, scale, turned, '', count, int(m.name.rsplit('.', 2)[1]), cuts[m.name.rsplit('.', 1)[1]]) for m in ms}
     raise CheckpointError(f'{A.file}: {A.key} and {B.key} fit no experts of {base.source}')
 
+# %% ../nbs/weights.ipynb #c640f1b9
+@patch
+def _below(self:Checkpoint, base, config) -> Checkpoint:
+    "The base of an adapter."
+    below = base or config.get('base_model_name_or_path') or ''
+    if not below: raise CheckpointError(f'{self.source}: an adapter that does not name its base; give base=')
+    try: return open_checkpoint(below, '' if base else config.get('revision') or '')
+    except Problem as e: raise type(e)(f'{self.source}: an adapter, and its base cannot be read ({e}); give base=') from e
+
 @patch
 def _merge(self:Checkpoint, base):
     "Reads an adapter on its base."
-    config = _lora_config(self.home)
-    below, file = base or config.get('base_model_name_or_path') or '', self.home/'adapter_model.safetensors'
-    if not below: raise CheckpointError(f'{self.source}: an adapter that does not name its base; give base=')
-    try: self.base = below if isinstance(below, Checkpoint) else open_checkpoint(below, '' if base else config.get('revision') or '')
-    except Problem as e: raise type(e)(f'{self.source}: an adapter, and its base cannot be read ({e}); give base=') from e
+    config, file = _lora_config(self.home), self.home/'adapter_model.safetensors'
+    self.base = self._below(base, config)
     for k in ('config', 'files', 'tied', 'copies', 'size', 'left_out', 'dequantized', '_sorted'): setattr(self, k, getattr(self.base, k))
     self.matrices, self.others, self.notes = dict(self.base.matrices), dict(self.base.others), list(self.base.notes)
     pairs, rest = _paired_factors(_headers(file))
@@ -759,8 +809,10 @@ def _merge(self:Checkpoint, base):
         self.matrices[n] = self.matrices[n]._replace(update=(*self.matrices[n].update, u))
     self.matrices = {m.name: m for m in sorted(self.matrices.values(), key=_order)}
     self._touched = self._places({*updates, *targets})
-    self.adapter = dict(kind='DoRA' if config.get('use_dora') else 'LoRA', base=self.base.source, updated=len(updates), replaced=sorted(targets), rank=max((p['lora_A'].shape[0] for p in pairs.values()), default=0))
+    rank = max((p['lora_A'].shape[0] for p in pairs.values()), default=0)
+    self.adapter = dict(kind='DoRA' if config.get('use_dora') else 'LoRA', base=self.base.source, updated=len(updates), replaced=sorted(targets), rank=rank)
 
+# %% ../nbs/weights.ipynb #08a5cd27
 @patch
 def _update(self:Checkpoint, name, module, p, config) -> Update:
     "The update of one module."
@@ -782,6 +834,7 @@ def _replace(self:Checkpoint, t) -> str:
     else: raise CheckpointError(f'{t.file}: {t.key} is not read; merge it (merge_and_unload) and save the model')
     return name
 
+# %% ../nbs/weights.ipynb #59f2eb81
 @patch
 def _untie(self:Checkpoint, updates, targets):
     "Head and embedding of a tied base, once an adapter works on one of them."
@@ -798,6 +851,17 @@ def _places(self:Checkpoint, names) -> dict:
         elif n in self.base.others: out[self.base.others[n].key] = (self.others[n], [])
     for m in self.copies.values() if 'embed' in names else (): out[m.key] = (Stored(m.key, m.file, (), m.dtype), ['embed'])
     return out
+
+# %% ../nbs/weights.ipynb #6fd3b05a
+@patch
+def written(self:Checkpoint, key:str # of `files`
+    ) -> torch.Tensor|None:          # None where the bytes of the file are right
+    "The tensor that stands for a key once the adapter is merged."
+    if not self.base or key not in self._touched: return None
+    place, names = self._touched[key]
+    T = _tensor(place)
+    for n in names: put_slice(T, self.base[n], self.read(n))
+    return T
 
 # %% ../nbs/weights.ipynb #3c69f52f
 class Common(NamedTuple):
@@ -824,6 +888,7 @@ def common(a:Checkpoint,    # reference
     if len(at) == len(shapes) and not rows: raise CheckpointError(f'{a.source} and {b.source} have no matrix of one name and shape in common{_hint(mine, theirs, at)}')
     return Common([n for n in at if n not in shapes], [n for n in both if n not in second], [n for n in both if n not in first], shapes, rows)
 
+# %% ../nbs/weights.ipynb #135fa8c0
 def _hint(mine, theirs, at) -> str:
     "Why two lists of names have nothing in common."
     if at: return f': {len(at)} names are the same, but no shape'
@@ -832,6 +897,7 @@ def _hint(mine, theirs, at) -> str:
             if end := next((m for m in y if m.endswith('.' + n)), None): return f': names of one begin with {end.removesuffix(n)!r}, those of the other do not'
     return f': {_few(kinds(mine), 3)} and {_few(kinds(theirs), 3)}'
 
+# %% ../nbs/weights.ipynb #d4c93e16
 def paired(a:Checkpoint,    # reference
            b:Checkpoint,    # of the same architecture
            pattern:str='*'  # as in `select`

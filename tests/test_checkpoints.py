@@ -182,6 +182,59 @@ def test_unknown_prefix_is_hinted(tmp_path):
     save_file({f'actor-x/{k}': v for k, v in t.items()}, tmp_path/'b'/'model.safetensors')
     with pytest.raises(CheckpointError, match='no matrix of one name and shape in common'): common(Checkpoint(tmp_path/'a'), Checkpoint(tmp_path/'b'))
 
+def test_an_unknown_body_is_no_stack(tmp_path):
+    build('qwen2').save_pretrained(tmp_path)
+    names, t = Checkpoint(tmp_path).names(), load_file(tmp_path/'model.safetensors')
+    for start in ('actor.', 'student.model.', 'my_net.'):
+        save_file({start + k: v for k, v in t.items()}, tmp_path/'model.safetensors')
+        assert Checkpoint(tmp_path).names() == names
+    save_file({s + k: v.clone() for k, v in t.items() for s in ('actor.', 'critic.')}, tmp_path/'model.safetensors')
+    ck = Checkpoint(tmp_path)
+    assert {'actor.layers.0.q', 'critic.layers.0.q'} <= set(ck.matrices) and ck['critic.layers.2.q'].layer == 2
+
+def test_a_vision_model_alone_has_layers(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    CLIPVisionModel(CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)).save_pretrained(tmp_path, save_original_format=True)
+    ck = Checkpoint(tmp_path)
+    assert {m.layer for m in ck.matrices.values()} >= {0, 1, 2} and 'layers.0.q' in ck.matrices
+
+def test_draft_layers_are_no_layers(tmp_path):
+    lm = build('qwen2'); lm.save_pretrained(tmp_path)
+    t = load_file(tmp_path/'model.safetensors')
+    save_file(t | {'mtp.layers.0.mlp.up_proj.weight': torch.ones(4, 4), 'model.layers.3.mlp.up_proj.weight': torch.ones(48, 32)}, tmp_path/'model.safetensors')
+    ck = Checkpoint(tmp_path)
+    assert ck['mtp.layers.0.up'].layer == -1 and ck['layers.0.up'].layer == 0 and any('layers 3 to 3 are beyond' in n for n in ck.notes)
+
+def test_dbrx(tmp_path):
+    "All experts below each other: w1, v1 as (outputs, inputs), w2 turned."
+    from types import SimpleNamespace
+    from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
+    glu = DbrxExpertGLU(SimpleNamespace(hidden_size=32, ffn_hidden_size=48, moe_num_experts=4, ffn_act_fn={}))
+    with torch.no_grad(): [p.normal_() for p in glu.parameters()]
+    save_file({f'transformer.blocks.0.ffn.experts.mlp.{n}': p.detach() for n, p in glu.named_parameters()}, tmp_path/'model.safetensors')
+    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='dbrx', ffn_config=dict(moe_num_experts=4))))
+    ck, x = Checkpoint(tmp_path), torch.randn(5, 32)
+    w1, v1, w2 = (getattr(glu, n).detach().view(4, 48, 32) for n in ('w1', 'v1', 'w2'))
+    for e in range(4):
+        gate, up, down = (ck.read(f'layers.0.experts.{e}.{n}') for n in ('gate', 'up', 'down'))
+        torch.testing.assert_close((torch.nn.functional.silu(x @ gate.mT)*(x @ up.mT)) @ down.mT, glu(x, w1[e], v1[e], w2[e]).detach(), atol=1e-3, rtol=1e-3)
+
+def test_experts_of_an_attention(tmp_path):
+    lm = build('jetmoe'); lm.save_pretrained(tmp_path)
+    ck = Checkpoint(tmp_path)
+    assert torch.equal(ck.read('layers.1.self_attention.experts.2.input_linear'), lm.model.layers[1].self_attention.experts.input_linear.weight[2]) and len(ck.names('layers.0.experts.*')) == 12
+
+def test_turned_experts_of_the_hub(tmp_path):
+    "Qwen3-VL-MoE of transformers 4: (experts, inputs, outputs), also where the width is twice the inner one."
+    for F in (20, 32, 16, 64):
+        H = 32
+        W, D = torch.randn(4, 2*F, H), torch.randn(4, H, F)
+        for turned in (False, True):
+            t = {'gate_up_proj': W, 'down_proj': D}
+            save_file({f'model.language_model.layers.0.mlp.experts.{n}': (p.mT if turned else p).contiguous() for n, p in t.items()}, tmp_path/'model.safetensors')
+            ck = Checkpoint(tmp_path)
+            assert torch.equal(ck.read('layers.0.experts.3.up'), W[3, F:]) and torch.equal(ck.read('layers.0.experts.3.down'), D[3]), (F, turned)
+
 # tying
 
 def test_headless_save_of_an_untied_model(tmp_path):
@@ -230,6 +283,13 @@ def test_tied_with_two_copies(tmp_path):
     save_file(t | {'lm_head.weight': t['model.embed_tokens.weight'] + 1}, tmp_path/'model.safetensors')
     ck = Checkpoint(tmp_path) # transformers keeps both and warns
     assert not ck.tied and torch.equal(ck.read('head'), AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight)
+
+def test_plain_configurations_need_no_transformers():
+    for kind in weights._PLAIN:
+        for tied in (True, False):
+            c = dict(model_type=kind, tie_word_embeddings=tied)
+            assert says_tied(c) == tied == weights._resolved(c)['tie_word_embeddings']
+    assert says_tied(dict(model_type='qwen2')) is False and says_tied(dict(model_type='t5', tie_word_embeddings=False)) is True
 
 def test_nested_tying(tmp_path):
     for tied in (True, False):
@@ -336,6 +396,7 @@ def test_hub_revision(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda repo, revision=None, **k: (seen.append((repo, revision)), str(tmp_path))[1])
     for source, rev in (('a/b@v1.0', ''), ('a/b', 'v1.0'), ('a/b', ''), ('a/b@refs/pr/1', '')): Checkpoint(source, rev)
+    assert any('one of 3 shards' in n for n in Checkpoint(shutil.copy(tmp_path/'model.safetensors', tmp_path/'x-00001-of-00003.safetensors')).notes)
     assert seen == [('a/b', 'v1.0'), ('a/b', 'v1.0'), ('a/b', None), ('a/b', 'refs/pr/1')]
 
 def test_names_that_are_paths(tmp_path):
@@ -461,6 +522,7 @@ I8, I32, U8 = torch.int8, torch.int32, torch.uint8
     ({'a.weight_packed': torch.ones(8, 2, dtype=I32), 'a.weight_scale': torch.ones(8, 1), 'a.weight_shape': torch.ones(2, dtype=torch.int64)}, dict(quant_method='compressed-tensors'), 'compressed-tensors'),
     ({'a.weight': torch.ones(8, 4, dtype=U8), 'a.weight_scale': torch.ones(8, 1).to(torch.float8_e4m3fn), 'a.weight_scale_2': torch.ones(1)}, None, 'NVFP4'),
     ({'a.weight': torch.ones(8, 4, dtype=U8), 'a.weight_scale': torch.ones(1)}, dict(quant_method='bitnet'), 'bitnet'),
+    ({'a.weight': torch.ones(8, 8, dtype=I8), 'a.weight_scale': torch.ones(8, 1)}, None, 'integers and scales'),
     ({'a.W_q': torch.ones(8, 4, dtype=U8)}, dict(quant_method='hqq'), 'HQQ')])
 def test_refused(tensors, quant, told, tmp_path):
     save_file(tensors | {'model.embed_tokens.weight': torch.ones(4, 4)}, tmp_path/'model.safetensors')
@@ -476,6 +538,14 @@ def test_float_weights_under_a_quantised_configuration(tmp_path):
     assert len(Checkpoint(tmp_path).matrices) == 23
 
 # one function for every source
+
+def test_gguf(tmp_path, monkeypatch):
+    build('llama').save_pretrained(tmp_path)
+    (tmp_path/'m.gguf').write_bytes(b'GGUF')
+    monkeypatch.setattr('rlsft_nb.models.converted', lambda path: tmp_path)
+    ck = open_checkpoint(tmp_path/'m.gguf')
+    assert ck.source.endswith('m.gguf') and 'GGUF' in ck.summary()['dequantized'] and len(ck.matrices) == 23
+    with pytest.raises(CheckpointMissing, match='opened by open_checkpoint'): Checkpoint(tmp_path/'m.gguf')
 
 def test_open_checkpoint(tmp_path):
     build('qwen2').save_pretrained(tmp_path)
@@ -535,6 +605,14 @@ def test_adapters_that_are_refused(config, told, tmp_path):
     pico(tmp_path/'base')
     with pytest.raises(CheckpointError) as e: Checkpoint(lora(tmp_path/'l', tmp_path/'base', {'model.layers.0.self_attn.q_proj': ab(32, 32)}, **config))
     assert told in str(e.value) and 'merge_and_unload' in str(e.value) and '\n' not in str(e.value)
+
+def test_files_of_an_adapter(tmp_path):
+    pico(tmp_path/'base')
+    f = lora(tmp_path/'l', tmp_path/'base', {'model.layers.0.self_attn.q_proj': ab(32, 32)})
+    assert Checkpoint(f/'adapter_model.safetensors').factors('layers.0.q')
+    (f/'adapter_config.json').unlink()
+    for source in (f, f/'adapter_model.safetensors'):
+        with pytest.raises(CheckpointError, match='without the adapter_config.json'): Checkpoint(source)
 
 def test_unknown_tensors_of_an_adapter(tmp_path):
     pico(tmp_path/'base')

@@ -1,5 +1,6 @@
 "The literal commands, as they are typed: in a terminal, a pipe, a loop and a Jupyter cell."
 import base64, hashlib, json, os, re, shutil, signal, subprocess, sys, time
+from contextlib import redirect_stdout
 import pexpect, pytest
 from rlsft_nb.core import ROOT, read_json
 
@@ -135,6 +136,7 @@ def test_runner_twice(repo):
     first = run()
     assert first.returncode == 0 and 'runs/tiny/00_toy.ipynb' in first.stdout and 'figures/tiny/toy.json' in first.stdout and 'runs/tiny/toy-' in first.stdout, first.stderr
     before = {p: sha(repo/p) for p in files(repo)}
+    assert not any(str(repo) in (repo/p).read_text() for p in before if p.endswith('.json')) # a record holds no absolute path
     second = run('--model', 'tiny', '--seed', '0')
     assert second.returncode == 0 and second.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seed 0.'
     assert {p: sha(repo/p) for p in files(repo)} == before
@@ -307,6 +309,7 @@ def test_errors_end_in_one_line(capsys):
     for e, code, line in ((KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space\nleft'), 1, 'OSError: [Errno 28] No space left'), (RuntimeError('out of memory'), 1, 'RuntimeError: out of memory'), (MemoryError(), 1, 'MemoryError: ')):
         assert ended(lambda: stop(e)) == code
         assert capsys.readouterr() == ('', f'{line.strip()}\n')
+    with redirect_stdout(None): assert ended(lambda: 0) == 0
     with pytest.raises(ZeroDivisionError): ended(lambda: 1/0) # a mistake of ours keeps its frames
 
 def test_a_missing_library_is_told_with_its_extra(monkeypatch, capsys):
@@ -315,7 +318,7 @@ def test_a_missing_library_is_told_with_its_extra(monkeypatch, capsys):
     monkeypatch.setattr('importlib.metadata.requires', lambda name: asked)
     assert [extra_of(m) for m in ('trl', 'reasoning_gym', 'torch', 'nothing')] == ['train', 'reasoning-gym', '', '']
     def need(): raise ModuleNotFoundError("No module named 'trl.x'", name='trl.x')
-    assert ended(need) == 1 and capsys.readouterr().err == "No module named 'trl.x'; run: pip install 'rlsft_nb[train]'\n"
+    assert ended(need) == 1 and capsys.readouterr().err == "No module named 'trl.x'; it comes with an extra of this package: rlsft_nb[train]\n"
 
 def test_a_reader_that_leaves_and_an_interrupt(env):
     r = pipe(f'set -o pipefail; {sys.executable} -m rlsft_nb game solve 1 2 3 4 5 6 --json | true; echo ${{PIPESTATUS[0]}}', ROOT)

@@ -101,16 +101,54 @@ def test_sampling_is_seeded_and_leaves_the_global_state_alone(tiny):
     a, b, c = (generate(*tiny, chats, temperature=1.5, seed=s) for s in (1, 1, 2))
     assert a == b != c and torch.equal(state, torch.get_rng_state())
 
-def test_sampling_filters_of_a_checkpoint_are_off(tiny):
+def plain_greedy(lm, tok, ids, n): # the likeliest token, again and again
+    said = []
+    while len(said) < n and said[-1:] != [tok.eos_token_id]:
+        with torch.no_grad(): said.append(lm(torch.tensor([ids + said])).logits[0, -1].argmax().item())
+    return said
+
+LEAKS = dict(min_p=dict(do_sample=True, min_p=.9), top=dict(do_sample=True, top_k=1, top_p=.1, temperature=.1), penalties=dict(repetition_penalty=5., encoder_repetition_penalty=5.), ngrams=dict(no_repeat_ngram_size=1, encoder_no_repeat_ngram_size=1),
+    beams=dict(num_beams=4, length_penalty=-9., early_stopping=True, num_return_sequences=2), typical=dict(do_sample=True, typical_p=.1, epsilon_cutoff=.3, eta_cutoff=.3, top_h=.1), forced=dict(forced_bos_token_id=5, forced_eos_token_id=6),
+    lengths=dict(min_length=60, min_new_tokens=24, max_length=3, exponential_decay_length_penalty=(1, 9.)), time=dict(max_time=1e-9), guidance=dict(guidance_scale=3.), text=dict(stop_strings=['{', '"']), bad=dict(bad_words_ids=[[7], [8]], sequence_bias=[[[9], 99.]]),
+    watermark=dict(watermarking_config=dict(bias=50., greenlist_ratio=.1)), lookup=dict(prompt_lookup_num_tokens=3, max_matching_ngram_size=1), cache=dict(cache_implementation='static', use_cache=False), shape=dict(renormalize_logits=True, remove_invalid_values=True, output_scores=True, return_dict_in_generate=True),
+    helpers=dict(num_assistant_tokens=3, assistant_confidence_threshold=.9, token_healing=True, is_assistant=True), contrast=dict(penalty_alpha=.6, top_k=4), layers=dict(dola_layers='high'), groups=dict(num_beam_groups=2, num_beams=4, diversity_penalty=9.), unheard_of=dict(my_own_setting=3))
+
+@pytest.mark.parametrize('name', [*LEAKS, 'banned', 'many'])
+def test_settings_of_a_checkpoint_change_no_answer(tiny, name):
+    "Fails where a setting that is not in the call comes from the checkpoint: against a loop of our own, and sampled against the same seed."
     lm, tok = tiny
-    before = lm.generation_config.to_dict()
-    chats = [prompt(h) for h in hands('val', n=16)]
-    free = generate(lm, tok, chats, temperature=1.5, seed=3)
+    asked, own = encode(tok, [prompt(h) for h in hands('val', n=3)]), lm.generation_config
+    want, free = [plain_greedy(lm, tok, i, 24) for i in asked], generate_ids(lm, tok, asked, max_new_tokens=24, temperature=1.5, seed=3)
+    likely = sorted({i for w in want for i in w})[:40]
+    banned = dict(suppress_tokens=likely, begin_suppress_tokens=[w[0] for w in want], bad_words_ids=[[i] for i in likely])
+    more = LEAKS.get(name) or dict(banned=banned, many=banned | LEAKS['ngrams'] | LEAKS['beams'] | LEAKS['lengths'] | LEAKS['min_p'] | LEAKS['time'])[name]
+    theirs = type(own).from_dict(own.to_dict() | more)
     try:
-        lm.generation_config.update(top_k=1, top_p=.1, repetition_penalty=5., do_sample=True, temperature=.1)
-        assert generate(lm, tok, chats, temperature=1.5, seed=3) == free
-        assert generate(lm, tok, chats) == generate(lm, tok, chats, seed=9)
-    finally: lm.generation_config = type(lm.generation_config).from_dict(before)
+        lm.generation_config = theirs
+        assert generate_ids(lm, tok, asked, max_new_tokens=24) == want
+        assert generate_ids(lm, tok, asked, max_new_tokens=24, temperature=1.5, seed=3) == free
+        assert lm.generation_config is theirs
+    finally: lm.generation_config = own
+
+def test_the_tokens_that_end_a_turn_are_the_checkpoints(tiny):
+    lm, tok = tiny
+    asked, own = encode(tok, [prompt(h) for h in hands('val', n=3)]), lm.generation_config
+    first = generate_ids(lm, tok, asked, max_new_tokens=12)
+    try:
+        lm.generation_config = type(own)(eos_token_id=[own.eos_token_id, first[0][3]], min_p=.5)
+        assert generate_ids(lm, tok, asked, max_new_tokens=12)[0] == first[0][:first[0].index(first[0][3]) + 1]
+    finally: lm.generation_config = own
+
+def test_dropout_is_off_in_answers_and_afterwards_as_it_was(pico):
+    "A trainer may ask in the midst of training."
+    lm, tok = load_lm(str(pico['qwen2']))
+    asked = encode(tok, [prompt(h) for h in hands('val', n=4)])
+    still = generate_ids(lm, tok, asked, max_new_tokens=12)
+    for layer in lm.model.layers: layer.self_attn.attention_dropout = .9
+    lm.train(); lm.lm_head.eval()
+    with torch.no_grad(): assert not torch.equal(*(lm(torch.tensor(asked[:1])).logits for _ in range(2)))
+    assert generate_ids(lm, tok, asked, max_new_tokens=12) == still
+    assert lm.training and lm.model.layers[0].self_attn.training and not lm.lm_head.training
 
 # arithmetic and checkpoints
 

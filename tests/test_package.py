@@ -143,25 +143,37 @@ def closure(requirements):
         for q in todo: q.marker = None # judged by whoever asked for it
     return found
 
-def test_rooms_need_only_what_is_required():
+def small(script, *more, cwd=ROOT):
+    "Runs a script as in an installation of `requirements` alone: what else is here, and `more`, is not there."
     here = closure(asked('requirements'))
     assert {'torch', 'transformers', 'tokenizers'} <= here and not here & {'jupyterlab', 'nbdev', 'papermill', 'trl', 'accelerate', 'datasets', 'ipywidgets', 'ipython'}
     by_module = importlib.metadata.packages_distributions()
     barred = sorted(m for m, names in by_module.items() if not {*map(plain, names)} & (here | {'rlsft-nb', 'setuptools', 'pip'}) and m.isidentifier())
     assert {'jupyterlab', 'nbdev', 'papermill', 'trl', 'accelerate', 'datasets', 'ipywidgets', 'IPython'} <= {*barred}
-    r = call([sys.executable, '-c', textwrap.dedent(f'''
-        import importlib, sys
-        from importlib.machinery import PathFinder
-        barred = {{*{barred!r}, 'matplotlib'}} # drawn with, but only on demand
-        class Installed(PathFinder):
-            "What is barred is not there."
-            @classmethod
-            def find_spec(cls, name, path=None, target=None): return None if name.split('.')[0] in barred else PathFinder.find_spec(name, path, target)
-        sys.meta_path[:] = [Installed if f is PathFinder else f for f in sys.meta_path]
+    bar = f"""
+import sys
+from importlib.machinery import PathFinder
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None): return None if name.split('.')[0] in {{*{[*barred, *more]!r}}} else PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [Installed if f is PathFinder else f for f in sys.meta_path]
+"""
+    return call([sys.executable, '-c', bar + textwrap.dedent(script)], cwd, PYTHONPATH=str(ROOT))
+
+def test_rooms_need_only_what_is_required():
+    r = small(f'''
+        import importlib
         for room in {LIGHT!r}:
             try: importlib.import_module(f'rlsft_nb.{{room}}')
-            except ModuleNotFoundError as e: print(room, e)''')], ROOT, PYTHONPATH=str(ROOT))
+            except ModuleNotFoundError as e: print(room, e)''', 'matplotlib') # drawn with, but only on demand
     assert (r.returncode, r.stdout) == (0, ''), r.stdout + r.stderr
+
+@pytest.mark.parametrize('words, code', [('game solve 3 3 8 8', 0), ('compare tiny tiny --draws 2 --workers 1', 0)])
+def test_commands_of_the_small_installation(words, code, tmp_path):
+    r = small(f'''
+        from rlsft_nb.cli import main
+        if __name__ == '__main__': sys.exit(main({words.split()}))''', cwd=tmp_path)
+    assert r.returncode == code and 'No module' not in r.stderr, r.stderr
 
 def test_help_and_game_do_not_load_torch():
     for room in ('core', 'commands', 'cli', 'game'):

@@ -2,6 +2,7 @@
 import json, math, os, random, re, subprocess, sys, time
 import pytest, torch
 from accelerate import Accelerator
+from transformers import AutoConfig, AutoModelForCausalLM
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from rlsft_nb.core import ParamError, load_params, read_json
@@ -216,6 +217,117 @@ def test_hands_of_rl_are_its_own():
     assert not all(tuple(sorted(values(h))) in own for h in wide)
     with pytest.raises(ParamError, match="ppo.part='test'"): rl_hands(load_params('tiny', dict(ppo=dict(part='test'))), 0, 0)
 
+# models of many kinds
+
+MANY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=.3)
+KINDS = dict(gemma2=dict(final_logit_softcapping=1.5), gemma3_text={}, granite=dict(logits_scaling=8.), cohere=dict(logit_scale=.0625), cohere2=dict(logit_scale=4.), hyperclovax=dict(logits_scaling=3.), phi={}, qwen2={}, llama={}, phi3={}, olmo2={}, gpt2={}, gpt_neox={},
+             opt=dict(word_embed_proj_dim=16, ffn_dim=48), nanochat=dict(final_logit_softcapping=1.5), mixtral=dict(num_local_experts=2), nemotron={}, gpt_oss=dict(num_local_experts=2, num_experts_per_tok=1))
+
+def model_of(kind, tok, impl='eager', **more):
+    torch.manual_seed(0)
+    c = AutoConfig.for_model(kind, **(MANY if kind != 'opt' else {k: v for k, v in MANY.items() if k != 'head_dim'} | dict(init_std=.3)), vocab_size=len(tok), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None, **more)
+    lm = AutoModelForCausalLM.from_config(c, attn_implementation=impl).eval()
+    for n, w in lm.named_parameters():
+        if n.endswith('bias'): torch.nn.init.normal_(w, std=.3) # zero in a new model
+    return lm
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('tied', [False, True])
+def test_log_probabilities_are_the_models_own(tiny, monkeypatch, kind, tied):
+    "Fails where logits are taken to be states times head: caps, scales, biases, projections; in one chunk and in many."
+    tok = tiny[1]
+    lm = model_of(kind, tok, tie_word_embeddings=tied, **KINDS[kind])
+    traces, T = fake(random.Random(3), 3, vocab=len(tok)), .7
+    with torch.no_grad(): own = [(lm(input_ids=torch.tensor([t.ids])).logits[0].double()/T).log_softmax(-1) for t in traces]
+    want = torch.stack([x[i - 1, t.ids[i]] for x, t in zip(own, traces) for a, b in t.spans for i in range(a, b)])
+    entropy = torch.stack([-(x[i - 1].exp()*x[i - 1]).sum() for x, t in zip(own, traces) for a, b in t.spans for i in range(a, b)])
+    attach(lm)
+    for size in (2**26, 7*len(tok)):
+        monkeypatch.setattr(ppo, 'LOGITS', size)
+        got = lm(**collate(traces, 0), temperature=T)
+        assert (got['logp'] - want).abs().max() < 2e-4 and (got['entropy'] - entropy).abs().max() < 2e-4
+    got['logp'].sum().backward()
+    assert lm.get_output_embeddings().weight.grad.norm() > 0
+
+@pytest.mark.parametrize('kind, name', [('gemma2', 'final_logit_softcapping'), ('granite', 'logits_scaling'), ('cohere', 'logit_scale')])
+def test_gradients_are_those_of_the_models_own_logits(tiny, kind, name):
+    tok, grads = tiny[1], []
+    for ours in (True, False):
+        lm, t = model_of(kind, tok, **{name: 2.}), fake(random.Random(4), 1, vocab=300)[0]
+        if ours: loss = attach(lm)(**collate([t], 0), temperature=1.)['logp'].sum()
+        else: loss = lm(input_ids=torch.tensor([t.ids])).logits[0].log_softmax(-1)[[i - 1 for a, b in t.spans for i in range(a, b)], [t.ids[i] for a, b in t.spans for i in range(a, b)]].sum()
+        loss.backward()
+        grads.append(torch.cat([w.grad.flatten() for n, w in lm.named_parameters() if not n.startswith('value_head.')]))
+    assert (grads[0] - grads[1]).norm() < 1e-4*grads[1].norm()
+
+def test_a_model_whose_logits_are_something_else_is_refused(tiny):
+    "By the name of what its config says about logits; nothing is attached."
+    from transformers import GraniteForCausalLM
+    class Odd(GraniteForCausalLM):
+        def forward(self, input_ids, **how):
+            out = super().forward(input_ids, **how)
+            out.logits = out.logits + 3*torch.nn.functional.one_hot(input_ids, out.logits.shape[-1])[:, -out.logits.shape[1]:]
+            return out
+    class Pointer(GraniteForCausalLM):
+        def forward(self, input_ids, **how): return super().forward(input_ids, **how) if self.model(input_ids).hidden_states[0] is None else 1
+    for cls, why in ((Odd, 'off by'), (Pointer, 'cannot be made from trunk and head')):
+        lm = cls(model_of('granite', tiny[1], logits_scaling=8.).config).eval()
+        with pytest.raises(ModelError, match=f'{cls.__name__}: .*{why}.*logits_scaling=8.0'): attach(lm)
+        assert type(lm) is cls
+
+WINDOWS = [('gemma2', 6), ('gemma3_text', 6), ('mistral', 6), ('phi3', 6), ('cohere2', 6), ('gpt_oss', 6), ('mixtral', 6), ('gemma2', 400), ('qwen2', None), ('llama', None), ('olmo2', None), ('gpt2', None), ('gpt_neox', None), ('granite', None)]
+
+@pytest.mark.parametrize('impl', ['eager', 'sdpa'])
+@pytest.mark.parametrize('kind, window', WINDOWS)
+def test_hands_of_other_models_are_those_of_generate(tiny, kind, window, impl):
+    "A boolean mask is added where attention is eager; windows are shorter than a hand, and than a prompt."
+    tok = tiny[1]
+    if impl == 'sdpa' and kind in ('gemma2', 'gpt_oss'): pytest.skip('has eager attention alone')
+    lm = model_of(kind, tok, impl, **KINDS.get(kind, {}), **(dict(sliding_window=window) if window else {}))
+    stops, game, few = stop_ids(lm, tok), load_params('tiny', dict(game=dict(attempts=3))).game, hands('val', n=5)
+    ours = rollout(Player(lm, tok, 8, 1e-6), tok, stops, few, game)
+    assert [t.ids for t in ours] == [t.ids for t in rollout(lambda prompts: generate_ids(lm, tok, prompts, max_new_tokens=8), tok, stops, few, game)]
+    t, = rollout(Player(lm, tok, 8, 1.), tok, stops, few[:1], game)
+    with torch.no_grad(): own = lm(input_ids=torch.tensor([t.ids])).logits[0].log_softmax(-1)
+    assert t.sampled == pytest.approx([own[i - 1, t.ids[i]].item() for a, b in t.spans for i in range(a, b)], abs=1e-4)
+
+def refused(kind, tok):
+    if kind == 'flash': lm = model_of('llama', tok); lm.config._attn_implementation = 'flash_attention_2'; return lm, "LlamaForCausalLM .*attn_implementation='flash_attention_2', expected sdpa or eager"
+    more = dict(bloom=dict(), mpt=dict(d_model=32, n_heads=4, n_layers=2), mamba=dict(), rwkv=dict(), llama4_text=dict(num_local_experts=2), falcon=dict(alibi=True))[kind]
+    if kind == 'falcon': return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=len(tok), **more)).eval(), 'FalconForCausalLM cannot be played'
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **({} if kind == 'mpt' else MANY), vocab_size=len(tok), **more)).eval()
+    return lm, f'{type(lm).__name__} cannot be played with keys and values that are kept: ' + ('layers of the kind chunked_attention' if kind == 'llama4_text' else 'its forward takes no position_ids')
+
+@pytest.mark.parametrize('kind', ['bloom', 'mpt', 'mamba', 'rwkv', 'llama4_text', 'falcon', 'flash'])
+def test_models_that_keep_something_else_are_refused_in_one_line(tiny, kind):
+    lm, message = refused(kind, tiny[1])
+    with pytest.raises(ModelError, match=message) as e: Player(lm, tiny[1], 4, 1.)
+    assert '\n' not in str(e.value)
+
+def test_hybrids_are_refused(tiny):
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+    lm = FalconH1ForCausalLM(FalconH1Config(**MANY, vocab_size=len(tiny[1]), mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, lm_head_multiplier=.5)).eval()
+    with pytest.raises(ModelError, match='FalconH1ForCausalLM cannot be played with keys and values that are kept: it keeps a state besides them'): Player(lm, tiny[1], 4, 1.)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad(): want = lm(input_ids=ids).logits[0].log_softmax(-1)[1:-1].gather(-1, ids[0, 2:, None])[:, 0]
+    got = attach(lm)(**collate([Trace(['A']*4, ids[0].tolist(), [(2, 5)])], 0), temperature=1.)['logp'] # `lm_head_multiplier` sits on its trunk
+    assert torch.allclose(got, want, atol=1e-5)
+
+def test_a_wrong_mask_is_noticed_before_a_hand_is_played(tiny, monkeypatch):
+    "As it was: true and false added to the scores of eager attention."
+    tok, right = tiny[1], ppo.sight
+    wrong = lambda lm, at, width: torch.arange(width) <= at[:, None, :, None]
+    monkeypatch.setattr(ppo, 'sight', wrong)
+    with pytest.raises(ModelError, match='LlamaForCausalLM .*its logits are then off by'): Player(model_of('llama', tok), tok, 4, 1.)
+    Player(model_of('llama', tok, 'sdpa'), tok, 4, 1.)
+
+@pytest.mark.parametrize('impl', ['eager', 'sdpa'])
+def test_dropout_is_off_in_rollouts(tiny, impl):
+    tok = tiny[1]
+    lm, asked = model_of('llama', tok, impl, attention_dropout=.8), encode(tok, [prompt(h) for h in hands('val', n=4)])
+    still = Player(lm, tok, 8, 1., 3)(asked)
+    assert Player(lm.train(), tok, 8, 1., 3)(asked) == still and lm.training and lm.model.layers[0].self_attn.training
+
 # log-probabilities
 
 @pytest.mark.parametrize('temperature', [1., .5])
@@ -378,6 +490,80 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, pico, tmp_pat
     timeless = lambda log: [{k: v for k, v in l.items() if not k.endswith('_s')} for l in log]
     assert timeless(got['log']) == timeless(trained[1]['log'])
     assert torch.equal(*(load_file(d/'policy'/'value_head.safetensors')['0.weight'] for d in (tmp_path, trained[0])))
+
+@pytest.mark.parametrize('more, message', [(dict(ppo=dict(lr=2e-3)), r'ppo.lr=0.002 \(it began with 0.001\)'), (dict(ppo=dict(part='any')), "ppo.part='any'"), (dict(game=dict(attempts=2)), r'game.attempts=2 \(it began with 3\)'), (dict(game=dict(id_rule='11-12-13')), 'game.id_rule'),
+    (dict(eval=dict(max_new_tokens=6)), 'eval.max_new_tokens=6'), (dict(model=dict(dtype='bfloat16')), "model.dtype='bfloat16'"), (dict(sft=dict(bf16=True)), 'sft.bf16=True'), (dict(ppo=dict(lr=2e-3, updates=6)), r'ppo.updates=6 \(it began with 4\), ppo.lr=0.002'), (dict(seed=2), r'seed=2 \(it began with 1\)')])
+@pytest.mark.parametrize('done', [True, False])
+def test_a_run_goes_on_with_the_settings_it_began_with(trained, pico, tmp_path, more, message, done):
+    import shutil
+    folder = shutil.copytree(trained[0], tmp_path/'run')
+    if not done: (folder/'trained.json').unlink()
+    base = dict(model=dict(source='folder', path=str(pico['qwen2'])), ppo=PPO, eval=dict(max_new_tokens=5, hands=6, val_hands=4), game=dict(attempts=3), workers=1)
+    over = {k: base.get(k, {}) | more.get(k, {}) if k != 'workers' else 1 for k in {*base, *more} - {'seed'}}
+    before = sorted(p.name for p in folder.rglob('*'))
+    with pytest.raises(ParamError, match=f'holds a run with other settings: .*{message}'): train_ppo(load_params('tiny', over), str(pico['qwen2']), folder, more.get('seed', 1))
+    assert sorted(p.name for p in folder.rglob('*')) == before
+
+def test_a_run_whose_start_was_trained_further_is_refused(trained, pico, tmp_path):
+    import shutil
+    folder, start = shutil.copytree(trained[0], tmp_path/'run'), shutil.copytree(pico['qwen2'], tmp_path/'start')
+    note = read_json(folder/'state-4'/'start.json')
+    (folder/'state-4'/'start.json').write_text(json.dumps(note | dict(start=str(start))))
+    assert train_ppo(small(pico), str(start), folder, 1) == trained[1] # the same weights elsewhere
+    w = load_file(start/'model.safetensors'); w['model.norm.weight'] += 1
+    ppo.atomic_write(start/'model.safetensors', ppo.save(w, dict(format='pt')))
+    with pytest.raises(ParamError, match='weights='): train_ppo(small(pico), str(start), folder, 1)
+
+def test_states_without_a_note_of_settings_go_on(trained, pico, tmp_path):
+    import shutil
+    folder = shutil.copytree(trained[0], tmp_path/'run')
+    (folder/'state-4'/'start.json').write_text(json.dumps(dict(start=str(pico['qwen2'])))) # as earlier versions wrote them
+    assert train_ppo(small(pico, lr=2e-3), str(pico['qwen2']), folder, 1) == trained[1]
+
+def test_what_was_sampled_is_compared_with_what_is_read_again(trained, pico, tmp_path, monkeypatch):
+    assert 0 < trained[1]['reread'] < 1e-4
+    draw = Player.draw
+    def other(self, *args): said, logp = draw(self, *args); return said, logp - .05
+    monkeypatch.setattr(Player, 'draw', other)
+    with pytest.raises(TrainingError, match=r'Qwen2ForCausalLM: log-probabilities read again are off by 0.05 nats a token .*expected 0.01 or less'): train_ppo(small(pico, temperature=1.), str(pico['qwen2']), tmp_path)
+    assert not list(tmp_path.glob('state-*'))
+
+def test_rounding_is_granted_and_no_more(acc, pico):
+    lm, tok = load_lm(str(pico['qwen2']))
+    def traces(off):
+        out = fake(random.Random(0), 4)
+        for t in out: n = sum(b - a for a, b in t.spans); t.old, t.sampled = torch.zeros(n), [off]*n
+        return out
+    assert reread(acc, lm, traces(.009)) == pytest.approx(.009)
+    for off in (.015, math.nan):
+        with pytest.raises(TrainingError, match='Qwen2ForCausalLM: log-probabilities read again are off by'): reread(acc, lm, traces(off))
+    assert reread(acc, lm.bfloat16(), traces(.015)) == pytest.approx(.015)
+    with pytest.raises(TrainingError, match='off by 0.12 nats a token'): reread(acc, lm, traces(.12))
+    silent = traces(0.)
+    for t in silent: t.sampled = [] # a player that does not tell
+    assert reread(acc, lm, silent) is None
+
+@pytest.mark.parametrize('kind, name', [('llama', 'attention_dropout'), ('opt', 'dropout'), ('gpt2', 'resid_pdrop')])
+def test_recomputed_layers_have_no_dropout(tiny, acc, kind, name):
+    "Also where a layer itself drops out, as OPT's."
+    tok, got = tiny[1], []
+    for redo, p in ((False, 0.), (True, .5)):
+        lm = model_of(kind, tok, 'sdpa', **KINDS[kind], **{name: p})
+        model = attach(recompute(lm) if redo else lm)
+        more, traces = load_params('tiny', dict(ppo=PPO | dict(micro=4, batch=4, checkpointing=redo))).ppo, fake(random.Random(1), 4)
+        line = update(acc, model, torch.optim.SGD(model.parameters(), lr=1e-3), traces, more, 0, random.Random(0))
+        got.append((line, torch.cat([w.detach().flatten() for w in model.parameters()])))
+        assert not model.training
+    assert got[0][0] == got[1][0] and torch.equal(got[0][1], got[1][1])
+
+def test_layers_are_computed_again(pico):
+    lm, calls = recompute(load_lm(str(pico['qwen2']))[0]), []
+    for l in lm.model.layers: l.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    out = attach(lm)(**collate(fake(random.Random(1), 2), 0), temperature=1.)
+    n = len(calls)
+    out['logp'].sum().backward()
+    assert n >= 2 and len(calls) == n + 2
+    with pytest.raises(ParamError, match='ppo.checkpointing=True: Linear has no layers'): recompute(torch.nn.Linear(2, 2))
 
 def test_a_folder_of_another_start_is_refused(pico, tmp_path):
     train_ppo(small(pico, updates=1), str(pico['qwen2']), tmp_path)

@@ -68,7 +68,7 @@ def test_pyflakes():
 
 def test_everything_required_is_pinned():
     ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
-    asked = ' '.join(ini['DEFAULT'][k] for k in ('requirements', 'dev_requirements', 'smollm2_requirements') # dev holds those of training and of the notebooks)
+    asked = ' '.join(ini['DEFAULT'][k] for k in ('requirements', 'dev_requirements', 'smollm2_requirements')) # dev holds those of training and of the notebooks
     plain = lambda s: re.split(r'[<>=!;]', s)[0].strip().lower().replace('_', '-')
     pinned = {plain(l) for l in (ROOT/'constraints.txt').read_text().splitlines() if l and not l.startswith('#')}
     assert {plain(r) for r in asked.split()} <= pinned

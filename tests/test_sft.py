@@ -1,7 +1,7 @@
 "Fine-tuning: what is learned from, that a kill changes nothing, and that the peak is not chosen on test hands."
 import json, os, signal, subprocess, sys, time
 import pytest, torch
-from rlsft_nb.core import ParamError, ROOT, load_params
+from rlsft_nb.core import ParamError, ROOT, load_params, read_json
 from rlsft_nb.game import answer, hands, multisets, prompt, solve, values, verify
 from rlsft_nb.models import encode, generate, load_lm
 from rlsft_nb.sft import *
@@ -91,6 +91,19 @@ def test_a_half_written_state_is_passed_over(tmp_path):
 def test_impossible_settings_are_refused_before_anything_is_made(pico, tmp_path, sft, message):
     with pytest.raises(ParamError, match=message): train_sft(small(pico, **sft), tmp_path/'new')
     assert not (tmp_path/'new').exists()
+
+@pytest.mark.parametrize('sft, seed, message', [(dict(lr=1e-3), 1, r'sft.lr=0.001 \(it began with 0.0002\)'), (dict(hands=65), 1, r'sft.hands=65 \(it began with 64\)'), (dict(steps=24), 1, 'sft.steps=24'), ({}, 2, r'seed=2 \(it began with 1\)')])
+def test_a_run_goes_on_with_the_settings_it_began_with(trained, pico, tmp_path, sft, seed, message):
+    import shutil
+    folder = shutil.copytree(trained[0], tmp_path/'run')
+    with pytest.raises(ParamError, match=f'holds a run with other settings: .*{message}'): train_sft(small(pico, **sft), folder, seed)
+    assert read_json(folder/'resume'/'settings.json')['seed'] == 1
+
+def test_a_run_on_other_weights_or_another_game_is_refused(trained, pico, tmp_path):
+    import shutil
+    folder = shutil.copytree(trained[0], tmp_path/'run')
+    with pytest.raises(ParamError, match='weights='): train_sft(load_params('tiny', SMALL | dict(model=dict(source='folder', path=str(pico['llama'])))), folder, 1)
+    with pytest.raises(ParamError, match=r'game.target=20 \(it began with 24\)'): train_sft(load_params('tiny', SMALL | dict(model=dict(source='folder', path=str(pico['qwen2'])), game=dict(target=20))), folder, 1)
 
 # stages
 

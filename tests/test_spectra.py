@@ -181,10 +181,13 @@ def test_law_refuses():
 @pytest.mark.parametrize('m, n', [(9, 9), (7, 12), (12, 7)])
 def test_null_updates(null, m, n):
     D = made(torch.linspace(3, .1, min(m, n)), m, n)
-    X = null_update(D, null, gen())
+    W0 = 2.**torch.randint(-3, 3, (m, n), generator=gen(3)) * (1 + torch.rand(m, n, generator=gen(4), dtype=torch.float64))
+    X = null_update(D, null, gen(), W0=W0)
     assert X.shape == D.shape and torch.allclose(X.norm(), D.norm(), rtol=1e-12) and not torch.allclose(X, D)
-    if null == 'shuffle': assert torch.allclose(X.abs().flatten().sort().values, D.abs().flatten().sort().values)
-    else: assert torch.allclose(singular_values(X), singular_values(D), atol=1e-10)
+    if null != 'orient': assert torch.allclose(X.abs().flatten().sort().values, D.abs().flatten().sort().values)
+    if null == 'sized': # every size keeps its own entries
+        for e in torch.frexp(W0).exponent.unique(): assert torch.equal(*(Y[torch.frexp(W0).exponent == e].abs().sort().values for Y in (X, D)))
+    if null == 'orient': assert torch.allclose(singular_values(X), singular_values(D), atol=1e-10)
 
 @pytest.mark.parametrize('m, n', [(9, 9), (7, 12), (12, 7)])
 def test_draws_of_a_cpu_are_these(m, n):
@@ -347,11 +350,11 @@ def test_the_same_checkpoint_twice(toy, capsys):
     assert 'none changed' in (toy/'out'/'report.html').read_text()
 
 def test_bad_inputs(toy, capsys):
-    for change, message in ((dict(extra=torch.ones(2, 2)), 'lacks extra'), ({'model.layers.1.mlp.up_proj.weight': torch.ones(20, 11)}, 'layers.1.up is (20, 12)'),
-                            ({'model.layers.1.mlp.up_proj.weight': torch.full((20, 12), math.nan)}, '240 values that are NaN')):
+    for change, message in ((dict(extra=torch.ones(2, 2)), 'Left out: only in B: extra.'), ({'model.layers.1.mlp.up_proj.weight': torch.ones(20, 11)}, 'layers.1.up (20x12 and 20x11)'),
+                            ({'model.layers.1.mlp.up_proj.weight': torch.full((20, 12), math.nan)}, '240 values that are NaN')): # the rest is measured
         save_file(load_file(toy/'a'/'model.safetensors') | change, toy/'c.safetensors')
-        assert main([str(toy/'a'), str(toy/'c.safetensors'), '--out', str(toy/'out'), '--workers', '1']) == 1
-        assert message in capsys.readouterr().err
+        assert main([str(toy/'a'), str(toy/'c.safetensors'), '--out', str(toy/'out'), '--workers', '1']) == 0
+        assert message in capsys.readouterr().out and 'Left out' in (toy/'out'/'report.html').read_text()
     (toy/'lost').mkdir()
     save_file(load_file(toy/'a'/'model.safetensors'), toy/'lost'/'model-00001-of-00002.safetensors')
     assert main([str(toy/'a'), str(toy/'lost'), '--out', str(toy/'out'), '--workers', '1']) == 1
@@ -433,7 +436,7 @@ def test_a_gpu_measures_the_same(m, n, rank, null, monkeypatch):
     W = (W0 + (decompose(D).U[:, :rank] @ randn(rank, n, seed=2) if rank else D)).bfloat16()
     run = lambda at: measure(W.to(at), W0.to(at), [.1, .5, 1.], null, 3, 1)
     with GPU() as gpu: got = run('cuda:0')
-    assert {'linalg_eigh', 'linalg_eigvalsh', 'randn', 'rand'} <= gpu.ran and ('randperm' in gpu.ran) == (null == 'shuffle')
+    assert {'linalg_eigh', 'linalg_eigvalsh', 'randn', 'rand'} <= gpu.ran and ('randperm' in gpu.ran) == (null != 'orient')
     other = run('cpu')
     monkeypatch.setattr(chance, '_source', same_draws)
     near(got, run('cpu'))
@@ -454,12 +457,12 @@ def test_a_gpu_draws_by_itself(null, m, n):
     "From a seed that the CPU's generator gives, another one each time."
     D, g = randn(m, n, seed=2), gen(5)
     with GPU():
-        draws = [null_update(D.to('cuda:0'), null, g).cpu() for _ in range(2)]
+        draws = [null_update(D.to('cuda:0'), null, g, W0=D.to('cuda:0')).cpu() for _ in range(2)]
         noise = storage_noise(D.to('cuda:0'), g).cpu()
     g = gen(5)
-    for X in draws: assert torch.allclose(X, null_update(D, null, same_draws(g, None)), atol=1e-12)
+    for X in draws: assert torch.allclose(X, null_update(D, null, same_draws(g, None), W0=D), atol=1e-12)
     assert torch.equal(noise, storage_noise(D, same_draws(g, None)))
-    assert not torch.allclose(*draws) and not torch.allclose(draws[0], null_update(D, null, gen(5)))
+    assert not torch.allclose(*draws) and not torch.allclose(draws[0], null_update(D, null, gen(5), W0=D))
 
 @pytest.mark.parametrize('tail', TAILS)
 @pytest.mark.parametrize('m, n', [(40, 40), (40, 90), (90, 40)])
