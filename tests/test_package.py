@@ -6,7 +6,7 @@ import pytest
 from packaging.requirements import Requirement
 from rlsft_nb.core import INSTALLED, PACKAGE, ROOT, shipped
 
-PARTS = ('rlsft_nb', 'params', 'settings.ini', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE', 'constraints.txt')
+PARTS = ('rlsft_nb', 'params', 'settings.ini', 'setup.py', 'MANIFEST.in', 'points24.py', 'README.md', 'LICENSE', 'constraints.txt')
 LIGHT = ('core', 'commands', 'cli', 'game', 'models', 'weights', 'tiny', 'spectra') # rooms of the game and the workbench
 
 def call(words, cwd, **env):
@@ -54,7 +54,7 @@ def test_the_wheel_holds_code_data_and_params(wheel):
     with zipfile.ZipFile(wheel) as z: names = set(z.namelist())
     inside = {n.removeprefix('rlsft_nb/') for n in names if n.startswith('rlsft_nb/')}
     assert inside == files(ROOT/'rlsft_nb') | {f'params/{n}' for n in files(ROOT/'params')}
-    assert {n.split('/')[0] for n in names} == {'rlsft_nb', next(n for n in names if '.dist-info' in n).split('/')[0]}
+    assert {n.split('/')[0] for n in names} == {'rlsft_nb', 'points24.py', next(n for n in names if '.dist-info' in n).split('/')[0]}
 
 def test_a_source_archive_builds_the_same_wheel(source, wheel, tmp_path):
     made = done([sys.executable, '-c', f'from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))'], source).split()[-1]
