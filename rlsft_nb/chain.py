@@ -198,7 +198,7 @@ def chain_sentence(found:dict, i:int=0 # from `compare_chain`; which pair of upd
     o = found['overall'][i]
     if not o: return f'{second.capitalize()} or the one before it changed no matrix: nothing to compare.'
     mixed = f"; of other matrices of the same shape {interval(o['mismatched'])[0]:+.3f} to {interval(o['mismatched'])[1]:+.3f}" if len(o['mismatched']) > 1 else ''
-    what = f"takes back {o['taken_back']:.1%} of it, " if o['verdict'] == 'back' else f"adds {-o['taken_back']:.1%} to it, " if o['verdict'] == 'on' else ''
+    what = f"takes back {100*o['taken_back']:.3g} % of it, " if o['verdict'] == 'back' else f"adds {-100*o['taken_back']:.3g} % to it, " if o['verdict'] == 'on' else ''
     return (f"{second[0].upper()}{second[1:]} {_WAYS[o['verdict']]} {first}: {what}cosine {o['cosine']:+.3f} (chance ±{1.96*o['sd']:.2g}{mixed}); "
             f"{o['share']['both']:.1%} of it lies in the leading directions of the first (chance {o['by_chance']['both']:.2%}). "
             f"Of {o['n']} matrices {o['matrices']['back']} go back, {o['matrices']['on']} on, {o['matrices']['sideways']} sideways.")

@@ -465,7 +465,7 @@ def test_chain_with_known_answers(second, verdict, cosine, inside, tmp_path):
     D1, D2 = (torch.cat([(b[k].double() - a[k].double()).flatten() for k in a]) for a, b in zip(loaded, loaded[1:]))
     assert o['cosine'] == pytest.approx(float(D1 @ D2/D1.norm()/D2.norm()), abs=1e-12) and o['taken_back'] == pytest.approx(-float(D1 @ D2/D1.norm()**2), abs=1e-12)
     json.dumps(found, allow_nan=False)
-    assert ('takes back 50.0%' in chain_sentence(found)) == (verdict == 'back') and chain_summary(found)[0]['verdict_2'] in ('back', 'on', 'sideways')
+    assert ('takes back 50 %' in chain_sentence(found)) == (verdict == 'back') and chain_summary(found)[0]['verdict_2'] in ('back', 'on', 'sideways')
 
 def test_chain_chance_holds_its_rate():
     "Updates without structure: 5 % leave the interval of shuffles, less with mismatched ones on top."
