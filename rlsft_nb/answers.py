@@ -87,8 +87,8 @@ def read_answer(text:str # whatever a model said
     keys = text.count('"formula"')
     if keys == 1 and text[:1] == '{' and len(text) <= MAX_JSON and (d := _json(text) or _json(_drop_comma(text))):
         f, n = d.get('formula'), d.get('number')
-        if isinstance(f, str) and f[:12] != TEMPLATE:
-            return (f, n, isinstance(d.get('cards'), list)) if isinstance(n, list) else (f, None, False)
+        if type(f) is str and f[:12] != TEMPLATE:
+            return (f, n, type(d.get('cards')) is list) if type(n) is list else (f, None, False)
     return _find_formula(text) if keys else None, _find_number(text) if '"number"' in text else None, False
 
 # %% ../nbs/answers.ipynb #4d9db873

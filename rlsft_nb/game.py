@@ -55,11 +55,13 @@ def _numbers_fault(used, have): # lists of int -> (reward, text); (0, '') when t
 def _hand_values(cards, rule): return (v := values(cards, rule)), sorted(v)
 
 # %% ../nbs/00_game.ipynb #d20f958c
+_INT = {int} # true and 1.0 equal 1, and are no card values
+
 def _judge(answer, cards, rule, target, feedback):
     if feedback not in LEVELS: raise ValueError(f'feedback={feedback!r}: expected one of {", ".join(LEVELS)}')
     vals, have = _hand_values(cards, rule)
     formula, listed, format_ok = read_answer(answer)
-    number_ok = None if listed is None else listed == vals and {*map(type, listed)} == {int}
+    number_ok = None if listed is None else listed == vals and {*map(type, listed)} == _INT
     formula = formula and formula.split('=', 1)[0].strip()
     reward, value = None, None
     if not formula: outcome, reason = 'no_formula', FULL['no_formula']
@@ -84,10 +86,10 @@ def verify(answer:str,      # a model's text, any string
     ) -> Verdict:           # shared and frozen
     "Judges an answer exactly; never raises, whatever the text."
     if not isinstance(answer, str): raise TypeError(f'answer: expected a string, got {type(answer).__name__}')
-    if isinstance(cards, str): raise ValueError(f'cards={cards!r}: expected a list of ranks')
     if type(target) is not int or target < 1: target = whole(target, 'target')
-    judge = _judge_short if len(answer) <= 512 else _judge
-    return judge(answer, tuple(cards), rule if isinstance(rule, str) else face_values(rule), target, feedback)
+    if type(rule) is not str: rule = face_values(rule)
+    if type(cards) is str: raise ValueError(f'cards={cards!r}: expected a list of ranks')
+    return (_judge_short if len(answer) <= 512 else _judge)(answer, tuple(cards), rule, target, feedback)
 
 def feedback_turn(verdict:Verdict) -> dict: # chat message
     "The user turn that follows a failed attempt."

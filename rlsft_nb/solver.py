@@ -181,6 +181,7 @@ _LEGAL = re.compile('[-+*/() 0-9]*')
 _TOKEN = re.compile('0|[1-9][0-9]{0,5}|[-+*/()]') # 007 and 1234567 fall into two numbers in a row
 
 def _value(n, d):
+    if d == 1: return n
     n, d = _ratio(n, d)
     return n if d == 1 else Fraction(n, d)
 
