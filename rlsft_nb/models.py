@@ -16,7 +16,6 @@ from pathlib import Path
 import argparse, fcntl, hashlib, os, shutil, sys
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
@@ -245,7 +244,9 @@ def collect(part:list # results for `my_part(xs)`
     ) -> list:        # results for `xs`, on every process
     "What all processes have made, in order."
     if world() == 1: return part
-    if not torch.distributed.is_initialized(): PartialState(cpu=not torch.cuda.is_available()) # starts the process group
+    if not torch.distributed.is_initialized():
+        from accelerate import PartialState # starts the process group; only here: one process needs no accelerate
+        PartialState(cpu=not torch.cuda.is_available())
     parts = [None]*world()
     torch.distributed.all_gather_object(parts, part)
     return woven(parts)

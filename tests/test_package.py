@@ -7,7 +7,8 @@ from packaging.requirements import Requirement
 from rlsft_nb.core import INSTALLED, PACKAGE, ROOT, shipped
 
 PARTS = ('rlsft_nb', 'params', 'settings.ini', 'setup.py', 'MANIFEST.in', 'points24.py', 'README.md', 'LICENSE', 'constraints.txt')
-LIGHT = ('core', 'commands', 'cli', 'game', 'models', 'weights', 'tiny', 'spectra') # rooms of the game and the workbench
+LIGHT = ('core', 'commands', 'cli', 'solver', 'answers', 'deals', 'tricks', 'game', 'models', 'weights', 'tiny', 'matrices', 'chance', 'comparison', 'comparison_page', 'chain',
+         'edits', 'surgery', 'spectra') # rooms of the game and the workbench
 
 def call(words, cwd, **env):
     "A command without this repository on its path, and without folders set for it."
