@@ -280,7 +280,7 @@ def _png(fig) -> bytes:
     plt.close(fig)
     return buf.getvalue()
 
-def _table(name, rows) -> dict: # file name -> bytes
+def _tabular(name, rows) -> dict: # file name -> bytes
     "A table as Parquet where pandas is installed, which writes it, else as CSV."
     try: import pandas as pd
     except ModuleNotFoundError:
@@ -299,7 +299,7 @@ def write_report(found:dict, # from `compare`
     drawn = sorted(turned, key=lambda n: -turned[n]['verdicts']['lead']['ratio'])[:8]
     figures = dict(overview=_png(fig_overview({label: found}, 'Against chance'))) if any(r['layer'] >= 0 for r in found['matrices'].values()) else {}
     if drawn: figures['matrices'] = _png(fig_pair({label: found}, [n for n in turned if n in drawn], f'The {len(drawn)} matrices furthest beyond chance'))
-    files = {**_table('spectra', summary(found)), **{f'{n}.png': b for n, b in figures.items()}, 'report.html': page(found, figures)}
+    files = {**_tabular('spectra', summary(found)), **{f'{n}.png': b for n, b in figures.items()}, 'report.html': page(found, figures)}
     return [write_json(out/'spectra.json', found)] + [atomic_write(out/n, b) for n, b in files.items()]
 
 # %% ../nbs/comparison_page.ipynb #485bb7e7
@@ -351,7 +351,7 @@ def write_chain_report(found:dict, # from `compare_chain`
     how = [f"{s['draws']} shuffles and up to {s['draws']} other matrices of the same shape for each matrix, seed {s['seed']}. Updates are numbered in order."] + notes(found['opened'])
     parts = [_image(k, b, 'Each dot is a matrix. Grey bars: 95 % of shuffled updates; grey dashes: updates of other matrices of the same shape.') for k, b in figures.items()]
     text = _document('Does each update follow the one before?', {'ABCDEFGHIJ'[i] if i < 10 else str(i): p for i, p in enumerate(found['points'])}, first, parts + ['<h2>Every matrix</h2>', _table(rows, _chain_columns(n)), _list('How it was measured', how)], CHAIN_WORDS)
-    files = {**_table('chain', rows), **{f'{k}.png': b for k, b in figures.items()}, 'report.html': text}
+    files = {**_tabular('chain', rows), **{f'{k}.png': b for k, b in figures.items()}, 'report.html': text}
     return [write_json(out/'chain.json', found)] + [atomic_write(out/k, b) for k, b in files.items()]
 
 def chain_left(found) -> str:
