@@ -21,6 +21,7 @@ from .plan import lengths, sizes, vllm_bytes
 # %% ../nbs/vllm.ipynb #82871994
 class Shown:
     "A policy as vLLM is shown it: a folder, and weights without the value head."
+    _modules = {} # accelerate looks for compiled ones in it where peft is installed
     def __init__(self, lm): self.lm, self.name_or_path = lm, lm.name_or_path
 
     def named_parameters(self): return [(n, p) for n, p in self.lm.named_parameters() if not n.startswith('value_head.')]

@@ -75,6 +75,12 @@ def test_what_vllm_is_asked_for(pico, tmp_path, monkeypatch):
     assert llm.how['max_num_seqs'] == cfg.eval.batch and llm.how['max_model_len'] == 512 and not llm.how['enable_sleep_mode']
     assert [t.ids for t in again[0]] == [t.ids for t in played] != [t.ids for t in again[1]]
 
+def test_what_is_shown_can_be_asked_whether_it_is_of_peft(pico):
+    "As TRL does where peft is installed."
+    from accelerate.utils import extract_model_from_parallel
+    shown = Shown(attach(load_lm(str(pico['qwen2']))[0]))
+    assert extract_model_from_parallel(shown) is shown
+
 def test_without_a_sync_answers_are_old(pico, monkeypatch):
     stand_in(monkeypatch.setattr)
     lm, tok = load_lm(str(pico['llama']))
