@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help paper report bundle test install
+.PHONY: help paper report bundle test lab install
 
 MODEL ?= tiny
 SEED ?= 0
@@ -15,6 +15,7 @@ help:
 	@echo "make paper [MODEL=tiny] SEEDS=5     the same for seeds 0 to 4 side by side, and what sums them up"
 	@echo "make report [MODEL=tiny]            one HTML page of what was made: claims, figures, provenance"
 	@echo "make bundle MODEL=smollm2           one folder for a machine without a network, in parts"
+	@echo "make lab                            open the notebooks in JupyterLab"
 	@echo "make test                           run the notebooks' lessons, the tests and the checks"
 
 paper: $(READY)
@@ -31,7 +32,10 @@ bundle: $(READY)
 test: $(READY)
 	@export OMP_NUM_THREADS=1; $(BIN)/nbdev_test --n_workers 2 2>&1 | tee .venv/nbdev_test.log
 	@if grep -q 'No files were eligible' .venv/nbdev_test.log; then echo 'nbdev_test found no notebook'; exit 1; fi
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 tests
+
+lab: $(READY)
+	@$(BIN)/jupyter lab nbs
 
 install: $(READY)
 
