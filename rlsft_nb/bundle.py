@@ -11,9 +11,8 @@ import argparse, hashlib, inspect, io, json, os, re, shutil, subprocess, sys, ta
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .core import ROOT, Problem, _git, load_params, make_dir, repository, write_json
+from .core import ROOT, Problem, git_output, load_params, make_dir, repository, write_json, yaml_mapping
 from .models import locate
-from .paper import _mapping
 
 # %% ../nbs/bundle.ipynb #e5a3abe1
 class BundleError(Problem, ValueError): "A bundle that cannot be made, or is not whole."
@@ -88,7 +87,7 @@ def unpack_script() -> str:
 def code_files() -> list: # paths below ROOT
     "The files of the repository."
     root = repository()
-    listed = _git('ls-files', '-co', '--exclude-standard').splitlines()
+    listed = git_output('ls-files', '-co', '--exclude-standard').splitlines()
     return [Path(p) for p in listed if (root/p).is_file()] or [p.relative_to(root) for f in ('nbs', 'rlsft_nb', 'params') for p in (root/f).rglob('*') if p.is_file()]
 
 def weights_of(cfg, staging) -> tuple: # (folder or None, its place in the bundle, overrides that the target needs)
@@ -190,7 +189,7 @@ def pack(cfg,                   # of the model
             if weights: tar.add(weights, place)
         parts.cut()
     (out/'unpack.py').write_text(unpack_script(), encoding='utf-8')
-    told = dict(model=cfg.name, commit=_git('rev-parse', 'HEAD') or 'unknown', wheels=chosen, weights=place, parts=parts.made)
+    told = dict(model=cfg.name, commit=git_output('rev-parse', 'HEAD') or 'unknown', wheels=chosen, weights=place, parts=parts.made)
     write_json(out/'bundle.json', told)
     return told
 
@@ -215,7 +214,7 @@ def main(argv:list=None) -> int: # exit code
     try:
         if v.do == 'unpack': unpack(v.folder, v.target); return 0
         has = Path(v.has).read_text(encoding='utf-8').splitlines() if v.has else []
-        told = pack(load_params(v.model, _mapping(v.overrides, '--overrides')), v.out, v.part_mib, v.wheels, has, v.skip, v.python, v.platform)
+        told = pack(load_params(v.model, yaml_mapping(v.overrides, '--overrides')), v.out, v.part_mib, v.wheels, has, v.skip, v.python, v.platform)
     except (Problem, OSError) as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
     print(f"{v.out}: {len(told['parts'])} parts, {sum(x['bytes'] for x in told['parts'])/2**20:.0f} MiB, {len(told['wheels'])} wheels")
     return 0

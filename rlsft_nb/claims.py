@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
-from .core import (Markdown, ParamError, _cell, near, cluster_interval, figures_dir, load_params, mcnemar, mean_spread, params_dir, read_json, sha256_file,
+from .core import (Markdown, ParamError, cell_text, near, cluster_interval, figures_dir, load_params, mcnemar, mean_spread, params_dir, read_json, sha256_file,
                           wilson)
 from .models import clusters
 from .ppo import AUTHORS, spearman
@@ -652,7 +652,7 @@ def to_markdown(record:dict) -> Markdown: # of `judge_claims`
     lines, section = [('the paper says', 'verdict', 'here', 'its numbers'), ['---']*4], ''
     for c in record['claims']:
         if (now := c['at'][0]) != section: lines.append((f"**{record['sections'][now]}**", '', '', '')); section = now
-        lines.append([' ' if not x else _cell(x) for x in (c['claim'], verdict_text(c), here_text(c), c['paper'])])
+        lines.append([' ' if not x else cell_text(x) for x in (c['claim'], verdict_text(c), here_text(c), c['paper'])])
     return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
 
 def table(model:str='tiny', overrides:dict=None) -> Markdown:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'INSTALLED', 'ROOT', 'TYPES', 'LIBRARIES', 'VECTOR', 'FORMAT', 'COLUMNS', 'params_dir', 'runs_root',
            'figures_dir', 'Problem', 'ParamError', 'StageMissing', 'StageBusy', 'DiskError', 'repository', 'near',
-           'check_value', 'read_annotations', 'check_params', 'models', 'load_params', 'show_params', 'shipped_names',
-           'shipped', 'make_dir', 'atomic_write', 'to_json', 'write_json', 'read_json', 'sha256_file', 'gpus',
-           'own_device', 'empty_cache', 'peak_mib', 'cpu', 'provenance', 'Stage', 'missing_device', 'run_stage',
-           'save_figure', 'save_record', 'wilson', 'mcnemar', 'mean_spread', 'cluster_interval', 'Markdown',
-           'verdict_table', 'progress', 'threads', 'named_function', 'map_items']
+           'check_value', 'read_annotations', 'check_params', 'models', 'yaml_mapping', 'attr_dict', 'plain_dict',
+           'load_params', 'show_params', 'shipped_names', 'shipped', 'make_dir', 'atomic_write', 'to_json',
+           'write_json', 'read_json', 'sha256_file', 'git_output', 'gpus', 'own_device', 'empty_cache', 'peak_mib',
+           'cpu', 'provenance', 'tell_runner', 'Stage', 'missing_device', 'run_stage', 'save_figure', 'save_record',
+           'wilson', 'mcnemar', 'mean_spread', 'cluster_interval', 'Markdown', 'cell_text', 'verdict_table', 'progress',
+           'threads', 'named_function', 'process_pool', 'map_items']
 
 # %% ../nbs/core.ipynb #ca566423
 import ast, difflib, fcntl, gc, hashlib, importlib, importlib.metadata, io, json, math, os, platform, resource, signal, statistics, subprocess, sys, time
@@ -127,6 +128,15 @@ def _read_layer(path) -> dict:
     if not isinstance(layer, dict): raise ParamError(f'{path}: expected a mapping, found {type(layer).__name__}')
     return layer
 
+def yaml_mapping(text:str, # such as '{sft: {lr: 2.0e-6}}'
+                 where:str # for the message
+    ) -> dict:
+    "Parameters written as YAML."
+    try: found = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e: raise ParamError(f"{where!r} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(found, dict): raise ParamError(f'{where!r} holds no parameters; expected name: value')
+    return found
+
 # %% ../nbs/core.ipynb #c8fe4469
 def _merge(base, layer, where) -> dict:
     "`base` with the values of `layer`, whose keys and types must be those of `base`."
@@ -142,13 +152,13 @@ def _merge(base, layer, where) -> dict:
     return out
 
 # %% ../nbs/core.ipynb #2f94e1d7
-def _attr(d):
+def attr_dict(d):
     "`d` with attribute access, all the way down."
-    return AttrDict({k: _attr(v) for k, v in d.items()}) if isinstance(d, dict) else d
+    return AttrDict({k: attr_dict(v) for k, v in d.items()}) if isinstance(d, dict) else d
 
-def _plain(d):
+def plain_dict(d):
     "`d` as plain dicts, all the way down."
-    return {k: _plain(v) for k, v in d.items()} if isinstance(d, dict) else d
+    return {k: plain_dict(v) for k, v in d.items()} if isinstance(d, dict) else d
 
 def load_params(model:str,          # a file in params/, without .yaml
                 overrides:dict=None # sections and keys to change, such as {'sft': {'lr': 2.0e-6}}
@@ -156,12 +166,12 @@ def load_params(model:str,          # a file in params/, without .yaml
     "The resolved configuration: base.yaml, then the model's file, then `overrides`."
     if model not in models(): raise ParamError(f"model={model!r} has no file in params/; {near(model, models())}")
     cfg = _merge(_read_layer(params_dir()/'base.yaml'), _read_layer(_model_files()[model]), f'params/{model}.yaml')
-    return _attr(_merge(cfg, overrides or {}, 'overrides') | dict(name=model))
+    return attr_dict(_merge(cfg, overrides or {}, 'overrides') | dict(name=model))
 
 def show_params(cfg # from `load_params`
     ):
     "Print the configuration, so that an executed notebook holds what it was run with."
-    print(yaml.safe_dump(_plain(cfg), sort_keys=False, default_flow_style=None, width=150, allow_unicode=True).rstrip())
+    print(yaml.safe_dump(plain_dict(cfg), sort_keys=False, default_flow_style=None, width=150, allow_unicode=True).rstrip())
 
 # %% ../nbs/core.ipynb #5066c468
 def _shipped() -> dict: # name -> folder
@@ -235,7 +245,7 @@ def sha256_file(path) -> str: # 64 hex digits
 # %% ../nbs/core.ipynb #8d585d99
 LIBRARIES = ('accelerate', 'datasets', 'numpy', 'papermill', 'rlsft_nb', 'safetensors', 'scipy', 'torch', 'transformers', 'trl')
 
-def _git(*args) -> str:
+def git_output(*args) -> str:
     "Output of a git command in the repository; empty where there is no git, or no repository of ours."
     if INSTALLED: return ''
     try: return subprocess.run(['git', '-C', str(ROOT), *args], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20).stdout.strip()
@@ -288,13 +298,13 @@ def cpu() -> dict: # name, cores, vector; and where torch is loaded threads and 
 def provenance() -> dict:
     "Commit, versions, device, processor, memory and date of this process."
     device = [n for n, _ in gpus()] if 'torch' in sys.modules else []
-    return dict(commit=_git('rev-parse', 'HEAD') or 'unknown', dirty=bool(_git('status', '--porcelain', '.', ':!figures')), # what notebooks draw is no change of theirs
+    return dict(commit=git_output('rev-parse', 'HEAD') or 'unknown', dirty=bool(git_output('status', '--porcelain', '.', ':!figures')), # what notebooks draw is no change of theirs
                 versions={n: v for n in LIBRARIES if (v := _version(n))}, python=platform.python_version(),
                 device=device or f'{platform.machine()} cpu, {os.cpu_count()} cores', cpu=cpu(), peak_mib=peak_mib(),
                 date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
 # %% ../nbs/core.ipynb #5c51566e
-def _tell(kind, line):
+def tell_runner(kind, line):
     "A note for the runner, in the folder $RLSFT_WATCH."
     folder = os.environ.get('RLSFT_WATCH')
     if not folder: return
@@ -311,7 +321,7 @@ class Stage:
                  upstream:list=(), # stages this one reads
                  seed:int=0,
                  notebook:str=''): # the notebook that makes it, such as '02_sft.ipynb'
-        self.name, self.model, self.params, self.seed, self.notebook = name, model, _plain(params), seed, notebook
+        self.name, self.model, self.params, self.seed, self.notebook = name, model, plain_dict(params), seed, notebook
         self.upstream = list(upstream)
         told = dict(name=name, params=self.params, upstream=[u.key for u in self.upstream], seed=seed, format=FORMAT)
         self.key = hashlib.sha256(json.dumps(told, sort_keys=True, allow_nan=False, default=_number).encode()).hexdigest()[:8]
@@ -365,7 +375,7 @@ def run_stage(st:Stage, # what to make
               cfg       # `cfg.needs` says what machine it takes
     ) -> Stage:         # `st`, done
     "Make a stage, or find it made."
-    _tell('stages', st.path); _used[repr(st)] = st.path
+    tell_runner('stages', st.path); _used[repr(st)] = st.path
     if st.done: return st
     lacks = missing_device(cfg.get('needs', {}))
     if lacks: raise StageMissing(f'stage {st} (seed {st.seed}) is not there and {lacks}. {st.command()}')
@@ -394,7 +404,7 @@ def save_figure(fig,      # a matplotlib figure
     buf = io.BytesIO()
     fig.savefig(buf, format='png', dpi=120, bbox_inches='tight', metadata=dict(Software=None))
     path = atomic_write(figures_dir(cfg.name)/f'{name}.png', buf.getvalue())
-    _tell('figures', path)
+    tell_runner('figures', path)
     return path
 
 def _behind(st) -> dict: # name -> folder
@@ -411,7 +421,7 @@ def save_record(name:str, # as in `save_figure`
     keep = ('commit', 'dirty', 'python', 'device', 'cpu', 'versions')
     if isinstance(record, dict) and told: record = record | dict(stages={n: {k: d[k] for k in keep if k in d} for n, d in sorted(told.items())})
     path = write_json(figures_dir(cfg.name)/f'{name}.json', record)
-    _tell('figures', path)
+    tell_runner('figures', path)
     return path
 
 # %% ../nbs/core.ipynb #22016a84
@@ -482,11 +492,11 @@ class Markdown(str):
     "Text that a notebook shows as markdown."
     def _repr_markdown_(self): return str(self)
 
-def _cell(v) -> str:
+def cell_text(v) -> str:
     "One table cell: numbers short, intervals as `lo to hi`, absent as a dash."
     if v is None or v == '': return '–'
     if isinstance(v, float): return f'{v:.3g}'
-    if isinstance(v, (tuple, list)): return ' to '.join(_cell(x) for x in v)
+    if isinstance(v, (tuple, list)): return ' to '.join(cell_text(x) for x in v)
     return str(v).replace('|', '\\|').replace('\n', ' ')
 
 def verdict_table(rows:list # dicts with some of the keys claim, paper, here, n, interval, null, verdict
@@ -494,7 +504,7 @@ def verdict_table(rows:list # dicts with some of the keys claim, paper, here, n,
     "The table that closes an experiment."
     bad = [k for r in rows for k in r if k not in COLUMNS]
     if bad: raise KeyError(f"rows: {bad[0]!r} is no column; {near(bad[0], COLUMNS)}")
-    lines = [COLUMNS, ['---']*len(COLUMNS), *[[_cell(r.get(c)) for c in COLUMNS] for r in rows]]
+    lines = [COLUMNS, ['---']*len(COLUMNS), *[[cell_text(r.get(c)) for c in COLUMNS] for r in rows]]
     return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
 
 # %% ../nbs/core.ipynb #c3e3ee51
@@ -505,7 +515,7 @@ def progress(iterable, desc:str,  # what the loop does, in a few words
     total = len(iterable) if total is None and hasattr(iterable, '__len__') else total
     quiet, last = os.environ.get('IN_TEST') == '1' or not {'RLSFT_WATCH', 'RLSFT_QUIET'}.isdisjoint(os.environ), -math.inf
     for n, x in enumerate(tqdm(iterable, desc, total, leave=False, mininterval=1, disable=quiet)):
-        if time.monotonic() - last >= 1: _tell('progress', f'{desc}: {n}' + (f'/{total}' if total else '')); last = time.monotonic()
+        if time.monotonic() - last >= 1: tell_runner('progress', f'{desc}: {n}' + (f'/{total}' if total else '')); last = time.monotonic()
         yield x
 
 # %% ../nbs/core.ipynb #9419f7c7
@@ -537,7 +547,7 @@ def _worker(n):
 
 # %% ../nbs/core.ipynb #89dbcaa3
 @contextmanager
-def _pool(n):
+def process_pool(n):
     "`n` fresh interpreters (torch does not survive a fork), told to use one thread."
     one = dict(OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false')
     before = {k: os.environ.get(k) for k in one}
@@ -564,7 +574,7 @@ def map_items(fn:str,      # 'module.function' of this package, returns what JSO
         with threads(1):
             for n in progress(list(todo), desc): write_json(path(n), _call(fn, todo[n]))
     else:
-        with _pool(min(workers, len(todo))) as pool:
+        with process_pool(min(workers, len(todo))) as pool:
             jobs = {pool.submit(named_function('core._call'), fn, a): n for n, a in todo.items()}
             for job in progress(as_completed(jobs), desc, len(jobs)): write_json(path(jobs[job]), job.result())
     return {n: read_json(path(n)) for n in items}

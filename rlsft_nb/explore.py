@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .core import ParamError, Stage, near, run_stage
 from .models import clusters, score
-from .plan import _with
+from .plan import with_keys
 from .edits import MODES
 from .recovery import contests
 from .restoration import first_rates
@@ -52,7 +52,7 @@ class Explorer:
                  cfg,                     # parameters of their model; `cfg.eval.val_hands` are played
                  seed:int=0):             # of random modes
         self.target, self.reference, self.seed = str(target), str(reference), seed
-        self.cfg = _with(cfg, dict(eval=dict(hands=cfg.eval.val_hands)))
+        self.cfg = with_keys(cfg, dict(eval=dict(hands=cfg.eval.val_hands)))
         self.groups, self.got, self.tries = clusters(self.cfg, 'val'), {}, [] # multisets; name -> record of `score_cell`; pairs of names
 
     def score(self, spec) -> dict: return score_cell(self.target, self.reference, self.cfg, spec, self.seed, part='val')

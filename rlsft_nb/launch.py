@@ -16,9 +16,8 @@ import yaml
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers.modeling_utils import set_zero3_state
 
-from .core import ParamError, Problem, StageMissing, empty_cache, load_params, missing_device, run_stage
+from .core import ParamError, Problem, StageMissing, empty_cache, load_params, missing_device, run_stage, yaml_mapping
 from .models import rank, save_lm, world
-from .paper import _mapping
 from .plan import check_fits, config_file, idle, overrides_of
 
 # %% ../nbs/launch.ipynb #089eb451
@@ -155,7 +154,7 @@ def options(module:str, # of this package
 
 def resolved(args): # from `options`
     "The configuration that a command line asks for."
-    return load_params(args.model, _mapping(args.overrides, '--overrides'))
+    return load_params(args.model, yaml_mapping(args.overrides, '--overrides'))
 
 # %% ../nbs/launch.ipynb #a9064650
 def run_on_many(st,         # a `Stage`

@@ -16,11 +16,10 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from . import comparison, edits, matrices, ppo, sft
-from .core import Problem, _pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, save_record, threads
+from .core import Problem, process_pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, save_record, threads, yaml_mapping
 from .game import Verdict
-from .models import EMBEDDED, _class, arithmetic, device, generate_ids, load_lm, save_lm
-from .paper import _mapping
-from .plan import GIB, H100, STAGES, _with, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds, width
+from .models import EMBEDDED, model_class, arithmetic, device, generate_ids, load_lm, save_lm
+from .plan import GIB, H100, STAGES, with_keys, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds, width
 
 # %% ../nbs/measure.ipynb #506e44fd
 def first_layers(cfg, depth:int): # transformers' config
@@ -34,13 +33,13 @@ def first_layers(cfg, depth:int): # transformers' config
 
 def standing_in(cfg, folder): # parameters
     "`cfg` with the checkpoint in `folder` as its model, trained by one process: the rows of all processes in one pass, which weigh as much beside the optimizer's step as in shards."
-    return _with(cfg | dict(workers=1), dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[])))
+    return with_keys(cfg | dict(workers=1), dict(model=dict(source='folder', path=str(folder)), launch=dict(processes=1), sft=dict(hands=cfg.sft.batch, checkpoints=[])))
 
 # %% ../nbs/measure.ipynb #43532d41
 def random_checkpoint(cfg, depth:int, folder) -> Path:
     "Random weights of the shape of `cfg`, in bf16."
     config, kind = first_layers(cfg, depth), torch.bfloat16
-    with torch.device(device(cfg)): lm = _class(config, cfg.name).from_config(config, dtype=kind)
+    with torch.device(device(cfg)): lm = model_class(config, cfg.name).from_config(config, dtype=kind)
     _, tok = load_lm(str(EMBEDDED/'tiny'))
     lm.generation_config.pad_token_id, lm.generation_config.eos_token_id = tok.pad_token_id, tok.eos_token_id
     save_lm(lm, tok, folder)
@@ -90,7 +89,7 @@ def sft_steps(cfg, steps:int=5) -> dict:
     lm, tok = load_lm(cfg.name, cfg, dev, cfg.model.dtype)
     rows = torch.randint(len(tok), (n*steps, l.row)).tolist()
     with tempfile.TemporaryDirectory() as d:
-        t, clock = sft.trainer(_with(cfg, dict(sft=dict(steps=steps))), Path(d), 0, lm, tok), _Clock(dev)
+        t, clock = sft.trainer(with_keys(cfg, dict(sft=dict(steps=steps))), Path(d), 0, lm, tok), _Clock(dev)
         t.train_dataset = datasets.Dataset.from_dict(dict(input_ids=rows, labels=[[-100]*l.prompt + r[l.prompt:] for r in rows]))
         t.args.save_strategy = SaveStrategy.NO # the state alone would fill a disk
         t.add_callback(clock)
@@ -110,7 +109,7 @@ def long_hand(cfg, vocab:int, rng) -> ppo.Trace: # with every attempt at the len
 
 def ppo_update(cfg) -> dict:
     "An epoch of PPO on two passes of long hands."
-    p = _with(cfg, dict(ppo=dict(batch=2*cfg.ppo.micro, epochs=1))).ppo
+    p = with_keys(cfg, dict(ppo=dict(batch=2*cfg.ppo.micro, epochs=1))).ppo
     acc = ppo.accelerator(cfg)
     model, opt, tok, ref = ppo.setup(acc, cfg, cfg.name, 0)
     traces = [long_hand(cfg, len(tok), random.Random(i)) for i in range(p.batch)]
@@ -183,7 +182,7 @@ def foretold(stage:str, cfg) -> dict: # peak_gib, and tokens_s or layer_s where 
     return out
 
 def _matrices(cfg): # shapes of one layer
-    with torch.device('meta'): lm = _class(config_of(cfg), cfg.name).from_config(config_of(cfg))
+    with torch.device('meta'): lm = model_class(config_of(cfg), cfg.name).from_config(config_of(cfg))
     return tuple(tuple(w.shape) for n, w in lm.named_parameters() if '.layers.0.' in n and w.ndim == 2 and 'vision' not in n)
 
 # %% ../nbs/measure.ipynb #8e58037c
@@ -205,7 +204,7 @@ def measure(cfg, stages:list=(), # of `RUNS`; all where empty
         depth = depth or (deepest(cfg, min(g for _, g in gpus()), d) if gpus() else most)
         some, rows = standing_in(cfg, random_checkpoint(cfg, depth, Path(d)/'model')), []
         for stage in stages or RUNS:
-            with _pool(1) as fresh: got = fresh.submit(named_function('measure.alone'), stage, some).result()
+            with process_pool(1) as fresh: got = fresh.submit(named_function('measure.alone'), stage, some).result()
             planned = {k: v for k, v in foretold(stage, some).items() if gpus() or k == 'peak_gib'} # the plan's times are a GPU's
             rows.append(dict(stage=stage, measured=got, planned=planned))
     return dict(model=cfg.name, layers=depth, of=most, rows=rows, provenance=provenance())
@@ -233,7 +232,7 @@ def main(argv:list=None) -> int: # exit code
     a = p.parse_args(argv)
     stages = [s for s in a.stages.split(',') if s]
     if unknown := sorted({*stages} - {*RUNS}): p.error(f"--stages {','.join(unknown)}: expected some of {','.join(RUNS)}")
-    try: cfg = load_params(a.model, _mapping(a.overrides, '--overrides')); found = measure(cfg, stages, a.depth)
+    try: cfg = load_params(a.model, yaml_mapping(a.overrides, '--overrides')); found = measure(cfg, stages, a.depth)
     except Problem as e: print(f'{type(e).__name__}: {e}', file=sys.stderr); return 1
     kind = next((k for k in SHEET if gpus() and k in gpus()[0][0]), 'gpu' if gpus() else 'cpu')
     where = save_record(f'measured-{kind.lower()}', found, cfg)

@@ -61,9 +61,10 @@ def guess(text:str # as typed after -p
 def asked_params(cmd:dict # from `parse_command`
     ) -> dict:            # name -> value
     "The parameters that a command line sets, in papermill's order of precedence."
-    load = lambda text: _mapping(text, text)
+    from rlsft_nb.core import yaml_mapping # only here, as below: papermill loads this room for every notebook
+    load = lambda text: yaml_mapping(text, text)
     layers = [load(base64.b64decode(b).decode()) for b in cmd['parameters_base64']]
-    layers += [_mapping(_read(f), f) for f in cmd['parameters_file']] + [load(t) for t in cmd['parameters_yaml']]
+    layers += [yaml_mapping(_read(f), f) for f in cmd['parameters_file']] + [load(t) for t in cmd['parameters_yaml']]
     layers += [{k: guess(v) for k, v in cmd['parameters']}, dict(cmd['parameters_raw'])]
     return {k: v for layer in layers for k, v in layer.items()}
 
@@ -72,15 +73,6 @@ def _read(path) -> str:
     from rlsft_nb.core import ParamError
     try: return Path(path).read_text(encoding='utf-8')
     except OSError as e: raise ParamError(f'cannot read {path}: {e.strerror}') from e
-
-def _mapping(text, where) -> dict:
-    "Parameters written as YAML."
-    import yaml
-    from rlsft_nb.core import ParamError
-    try: found = yaml.safe_load(text) or {}
-    except yaml.YAMLError as e: raise ParamError(f"{where!r} is not YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(found, dict): raise ParamError(f'{where!r} holds no parameters; expected name: value')
-    return found
 
 # %% ../nbs/paper.ipynb #d0714572
 def switches(args:list,  # what follows the word papermill
@@ -354,10 +346,10 @@ def run_seeds(model:str, # a file in params/
     ) -> tuple:          # rows of all seeds, why some stopped or ''
     "All seeds, each in its own process."
     from concurrent.futures import as_completed
-    from rlsft_nb.core import _pool, load_params, named_function
+    from rlsft_nb.core import process_pool, load_params, named_function
     rows, stopped, done = {}, {}, {}
     lane = named_function('paper.seed_lane') # in a script, this module's own name is __main__
-    with tempfile.TemporaryDirectory() as d, _table(d, range(n), done) as told, _pool(min(n, load_params(model).workers)) as pool:
+    with tempfile.TemporaryDirectory() as d, _table(d, range(n), done) as told, process_pool(min(n, load_params(model).workers)) as pool:
         jobs = {pool.submit(lane, model, s, f'{d}/{s}'): s for s in range(n)}
         for job in as_completed(jobs):
             rows[jobs[job]], stopped[jobs[job]] = job.result()

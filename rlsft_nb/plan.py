@@ -6,9 +6,9 @@
 __all__ = ['STAGES', 'GIB', 'CHANGES', 'H100', 'SHARE', 'PRODUCTS', 'EIGEN', 'THREAD', 'DISK', 'KERNELS', 'SBATCH', 'MANY',
            'config_of', 'idle', 'Sizes', 'sizes', 'Lengths', 'lengths', 'width', 'layer_bytes', 'sft_memory',
            'starts_of', 'update_memory', 'vllm_bytes', 'rollout_memory', 'score_memory', 'spectra_memory',
-           'edit_memory', 'needed', 'memory', 'config_file', 'host_gib', 'disk_gib', 'advice', 'TooLarge', 'check_fits',
-           'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'open_seconds', 'edit_seconds',
-           'grids_of', 'restore_hours', 'table', 'report', 'overrides_of', 'slurm', 'main']
+           'edit_memory', 'needed', 'memory', 'config_file', 'host_gib', 'disk_gib', 'with_keys', 'advice', 'TooLarge',
+           'check_fits', 'sft_hours', 'token_seconds', 'score_hours', 'ppo_hours', 'spectra_hours', 'open_seconds',
+           'edit_seconds', 'grids_of', 'restore_hours', 'table', 'report', 'overrides_of', 'slurm', 'main']
 
 # %% ../nbs/plan.ipynb #951f71ea
 import copy, json, math, shlex, sys
@@ -23,10 +23,9 @@ import yaml
 from transformers import AutoConfig
 
 from .commands import parser, run
-from .core import ParamError, Problem, _attr, near, _plain, gpus, load_params, named_function, params_dir, repository
+from .core import ParamError, Problem, attr_dict, near, plain_dict, gpus, load_params, named_function, params_dir, repository, yaml_mapping
 from .game import answer, feedback_turn, prompt, solve, values, verify
-from .models import ModelError, _class, locate
-from .paper import _mapping
+from .models import ModelError, model_class, locate
 
 # %% ../nbs/plan.ipynb #9e82a095
 @lru_cache(maxsize=8)
@@ -66,7 +65,7 @@ class Sizes(NamedTuple):
 @lru_cache(maxsize=8)
 def _sizes(config_json, architecture): # counted once a config
     config = AutoConfig.for_model(**json.loads(config_json))
-    with torch.device('meta'): lm = _class(config, architecture).from_config(config)
+    with torch.device('meta'): lm = model_class(config, architecture).from_config(config)
     t, off = config.get_text_config(), set(idle(lm))
     each = {n: p.numel() for n, p in lm.named_parameters()}
     layers = Counter()
@@ -234,10 +233,10 @@ _redo = lambda section: lambda c, n: (None if c[section].checkpointing else {sec
 CHANGES = {'sft': [_redo('sft'), _more], 'ppo': [_redo('ppo'), _half('ppo', 'micro'), _half('eval', 'batch'), _plain_rollouts], 'score': [_half('eval', 'batch')], 'restore': [_half('eval', 'batch')], 'spectra': []}
 
 # %% ../nbs/plan.ipynb #4efb15ba
-def _with(cfg, change):
-    out = _plain(cfg)
+def with_keys(cfg, change):
+    out = plain_dict(cfg)
     for section, keys in change.items(): out[section] = out[section] | keys
-    return _attr(out)
+    return attr_dict(out)
 
 def advice(cfg, stage:str, n:int, gib:float) -> str:
     "The least change that makes a stage fit, in overrides; or how many GPUs it takes."
@@ -245,7 +244,7 @@ def advice(cfg, stage:str, n:int, gib:float) -> str:
     for change in CHANGES[stage]:
         while needed(memory(now, stage, n)) > gib and (c := change(now, n)):
             done = {k: done.get(k, {}) | c.get(k, {}) for k in {**done, **c}}
-            now = _with(now, c)
+            now = with_keys(now, c)
     if needed(memory(now, stage, n)) <= gib: return f"-y 'overrides: {yaml.safe_dump(done, default_flow_style=True).strip()}'"
     enough = next((k for k in (2, 4, 8, 16, 32, 64) if k > n and needed(memory(now, stage, k)) <= gib), None)
     return f'{enough} GPUs' if enough else f'GPUs of {math.ceil(needed(memory(now, stage, n)))} GiB'
@@ -263,7 +262,7 @@ def check_fits(cfg, stage:str, n:int, # processes
         if needed(parts) <= gib: return
         most = ', '.join(f'{k} {v/GIB:.1f}' for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
         raise TooLarge(f"{stage} of {cfg.name} takes about {needed(parts):.0f} GiB on each of {n} GPU{'s'*(n > 1)} of {gib:.0f} GiB ({most}). It would fit with: {advice(cfg, stage, n, gib)}")
-    free, takes = psutil.virtual_memory().available/GIB, n*(needed(memory(_attr(cfg | dict(workers=1)), stage, n)) - .5) # what runs beside it has its part
+    free, takes = psutil.virtual_memory().available/GIB, n*(needed(memory(attr_dict(cfg | dict(workers=1)), stage, n)) - .5) # what runs beside it has its part
     if takes > free: raise TooLarge(f'{stage} of {cfg.name} takes about {takes:.1f} GiB of memory without a GPU; {free:.1f} GiB are free')
 
 # %% ../nbs/plan.ipynb #ac79dc8a
@@ -394,7 +393,7 @@ def _time(hours): return f'{min(int(hours), 167):02d}:{int(hours*60)%60:02d}:00'
 def slurm(cfg, nodes:int=1, per_node:int=4, account:str='ACCOUNT', partition:str='PARTITION', seed:int=0) -> str:
     "A script for sbatch that makes all stages of a model."
     n, has = nodes*per_node, cfg.needs.gpus > 0
-    over = _with(cfg, dict(launch=dict(processes=per_node)))
+    over = with_keys(cfg, dict(launch=dict(processes=per_node)))
     given = overrides_of(over)
     words = ['accelerate', 'launch', '--config_file', f'params/accelerate/{cfg.launch.config}.yaml', '--num_machines', '$SLURM_NNODES', '--machine_rank', '$SLURM_NODEID', '--num_processes', str(n),
              '--main_process_ip', '$MASTER_ADDR', '--main_process_port', '29500', '--rdzv_backend', 'c10d', '-m', '--', 'rlsft_nb.sft', '--model', cfg.name, '--seed', str(seed), '--overrides', shlex.quote(given)]
@@ -405,7 +404,7 @@ def slurm(cfg, nodes:int=1, per_node:int=4, account:str='ACCOUNT', partition:str
 
 # %% ../nbs/plan.ipynb #c0228027
 def _asked(o): # -> (rows of `table`, as text, exit code)
-    cfg, n = load_params(o.model, _mapping(o.overrides, '--overrides')), o.gpus*o.nodes
+    cfg, n = load_params(o.model, yaml_mapping(o.overrides, '--overrides')), o.gpus*o.nodes
     if o.slurm: script = slurm(cfg, o.nodes, o.gpus, o.account, o.partition, o.seed); return dict(script=script), script.rstrip(), 0
     rows = table(cfg, n, o.gib)
     return dict(model=cfg.name, gpus=n, gib=o.gib, stages=rows), report(cfg, n, o.gib), 0 if all(r['fits'] for r in rows) else 1

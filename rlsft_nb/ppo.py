@@ -34,10 +34,10 @@ from tqdm import tqdm
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .core import ParamError, Problem, Stage, _tell, atomic_write, map_items, mcnemar, read_json, run_stage, threads, write_json
+from .core import ParamError, Problem, Stage, tell_runner, atomic_write, map_items, mcnemar, read_json, run_stage, threads, write_json
 from .game import OUTCOMES, deal, feedback_turn, multisets, prompt, verify
 from .launch import freeze_idle, gathered, keep_fp32, options, resolved, run_on_many, tell
-from .models import ModelError, _until_stop, arithmetic, at_rest, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, weights_id, world
+from .models import ModelError, until_stop, arithmetic, at_rest, device, encode, leave, load_lm, rank, save_lm, score, stop_ids, weights_id, world
 from .sft import curve_stage, decides, kept, named_stage, same_settings, sft_stage
 from .vllm import end, engine
 from . import sft
@@ -224,7 +224,7 @@ class Player:
 def __call__(self:Player, prompts:list) -> list: # answers, with the stop token where it was reached
     "One answer to each prompt; `logp` then holds the log-probability of each of its tokens."
     with at_rest(self.lm): said, logp = self.answer(prompts)
-    said = [_until_stop(s, self.stops) for s in said]
+    said = [until_stop(s, self.stops) for s in said]
     self.logp = [p[:len(s)] for p, s in zip(logp, said)]
     self.read = [p + s[:-1] for p, s in zip(prompts, said)]
     return said
@@ -712,7 +712,7 @@ def _bar(acc, start, done, updates):
         if not acc.is_main_process: continue
         newest = {k: f'{_shown[k]:.3f}' for k in ('first', 'within', 'kl', 'clipped')}
         bar.set_postfix(newest)
-        _tell('progress', f'ppo {start}: {u}/{updates}, ' + ', '.join(' '.join(x) for x in newest.items()))
+        tell_runner('progress', f'ppo {start}: {u}/{updates}, ' + ', '.join(' '.join(x) for x in newest.items()))
 
 # %% ../nbs/03_ppo.ipynb #289163f4
 def rl_stage(cfg, step:int, # a kept step of SFT

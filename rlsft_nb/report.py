@@ -15,8 +15,7 @@ import yaml
 
 import rlsft_nb
 from .commands import parser, run
-from .core import _plain, atomic_write, figures_dir, load_params, provenance, runs_root
-from .paper import _mapping
+from .core import plain_dict, atomic_write, figures_dir, load_params, provenance, runs_root, yaml_mapping
 from .claims import VERDICTS, command, interval, judge_claims, load_claims, seeds_of, seeds_text, shown, tally, told
 
 # %% ../nbs/report.ipynb #fc3e8747
@@ -88,7 +87,7 @@ def content(model:str,         # a file in params/
     return dict(r=r | dict(numbers=[_points(n) for n in r['numbers']]), tally=tally(r), marks=MARKS, about=_about(cfg),
         made=provenance(), version=rlsft_nb.__version__, sections=[(title, [e for e in entries if e['at'][0] == k]) for k, title in t['sections'].items()], figures=figures,
         beyond=_beyond(r['numbers'], 'fisher'), beyond_holm=_beyond(r['numbers'], 'holm'), rho=told(round(r['sweep']['rho'], 2) + 0., 'number'),
-        configuration=yaml.safe_dump(_plain(cfg), sort_keys=False, width=100, allow_unicode=True), stages=[_stage(n, s) for n, s in r['stages'].items()],
+        configuration=yaml.safe_dump(plain_dict(cfg), sort_keys=False, width=100, allow_unicode=True), stages=[_stage(n, s) for n, s in r['stages'].items()],
         files=[_file(n, t['records'], model) | dict(sha256=s) for n, s in r['files'].items()],
         paper_command=f'make paper MODEL={model}{many}', report_command=f'python -m rlsft_nb.report --model {model}')
 
@@ -111,7 +110,7 @@ def page(model:str, overrides:dict=None) -> str: # HTML; see `content`
 
 # %% ../nbs/report.ipynb #822442e0
 def _page(o): # -> (path and tally, as text, exit code)
-    c = content(o.model, _mapping(o.overrides, '--overrides'))
+    c = content(o.model, yaml_mapping(o.overrides, '--overrides'))
     path = atomic_write(Path(o.out) if o.out else runs_root()/o.model/'report.html', template().render(c))
     return dict(page=str(path), tally=c['tally']), f"{path}\n{', '.join(f'{n} {v}' for v, n in c['tally'].items())}", 0
 

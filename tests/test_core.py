@@ -82,7 +82,7 @@ def test_shipped_models(capsys):
     for m in models():
         cfg = load_params(m)
         show_params(cfg)
-        assert yaml.safe_load(capsys.readouterr().out) == core._plain(cfg)
+        assert yaml.safe_load(capsys.readouterr().out) == core.plain_dict(cfg)
 
 # what the package holds
 

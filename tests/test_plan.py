@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Confi
 from rlsft_nb.core import ROOT, load_params
 from rlsft_nb.models import ModelError, load_lm
 from rlsft_nb.plan import *
-from rlsft_nb.plan import _decomposed, _filed, _with
+from rlsft_nb.plan import _decomposed, _filed, with_keys
 
 # sizes
 
@@ -51,7 +51,7 @@ def test_activations_are_as_measured(config, cls, dtype):
 
 def test_recomputing_keeps_one_layer(pico):
     cfg = load_params('qwen7b')
-    s, few = sizes(cfg), _with(cfg, dict(sft=dict(checkpointing=True)))
+    s, few = sizes(cfg), with_keys(cfg, dict(sft=dict(checkpointing=True)))
     assert sft_memory(cfg, s, 4)['activations'] > 9*sft_memory(few, s, 4)['activations']
 
 def test_sixteen_bytes_a_parameter_over_all_gpus():
@@ -73,25 +73,25 @@ def test_the_shipped_recipes_fit_where_they_say():
 @pytest.mark.parametrize('stage, change, gib', [('sft', dict(), 60), ('sft', dict(sft=dict(batch=1024)), 60), ('ppo', dict(ppo=dict(checkpointing=False, micro=16)), 80), ('score', dict(eval=dict(batch=512)), 80)])
 def test_advice_makes_it_fit(stage, change, gib):
     import yaml
-    cfg = _with(load_params('qwen7b'), change)
+    cfg = with_keys(load_params('qwen7b'), change)
     assert needed(memory(cfg, stage, 4)) > gib
     said = advice(cfg, stage, 4, gib)
     assert said.startswith("-y 'overrides: ")
     over = yaml.safe_load(said[4:-1])['overrides']
-    assert needed(memory(_with(cfg, over), stage, 4)) <= gib
+    assert needed(memory(with_keys(cfg, over), stage, 4)) <= gib
 
 def test_vllm_counts_in_rollouts_and_updates():
     import yaml
     cfg = load_params('qwen7b')
-    own, s = _with(cfg, dict(launch=dict(engine='vllm'))), sizes(cfg)
+    own, s = with_keys(cfg, dict(launch=dict(engine='vllm'))), sizes(cfg)
     keys = 57_344*lengths(cfg).longest*16 # hands of one GPU
     assert vllm_bytes(own, s, 4) == pytest.approx(1.1*(2*s.params + keys) + 2*2**30) and vllm_bytes(cfg, s, 4) == 0
-    assert vllm_bytes(_with(own, dict(launch=dict(vllm_gib=30.))), s, 4) == 30*2**30
+    assert vllm_bytes(with_keys(own, dict(launch=dict(vllm_gib=30.))), s, 4) == 30*2**30
     for f in (rollout_memory, update_memory): assert f(own, s, 4)['vLLM'] == vllm_bytes(own, s, 4) and not f(cfg, s, 4).get('vLLM')
     assert needed(memory(own, 'ppo', 4)) - needed(memory(cfg, 'ppo', 4)) == pytest.approx(1.1*vllm_bytes(own, s, 4)/2**30)
     assert needed(memory(own, 'ppo', 4)) < 80 and ppo_hours(own, s, 4) < ppo_hours(cfg, s, 4)
-    assert needed(memory(own, 'ppo', 4)) > 50 > needed(memory(_with(own, yaml.safe_load(advice(own, 'ppo', 4, 50)[4:-1])['overrides']), 'ppo', 4))
-    assert "engine: hf" in advice(_with(own, dict(ppo=dict(micro=1), eval=dict(batch=1))), 'ppo', 4, 50)
+    assert needed(memory(own, 'ppo', 4)) > 50 > needed(memory(with_keys(own, yaml.safe_load(advice(own, 'ppo', 4, 50)[4:-1])['overrides']), 'ppo', 4))
+    assert "engine: hf" in advice(with_keys(own, dict(ppo=dict(micro=1), eval=dict(batch=1))), 'ppo', 4, 50)
 
 def test_where_nothing_helps_it_says_how_many_gpus():
     assert advice(load_params('qwen7b'), 'sft', 1, 70) == '4 GPUs' and needed(memory(load_params('qwen7b'), 'sft', 4)) <= 80
@@ -109,10 +109,10 @@ def test_a_stage_that_cannot_fit_is_refused_before_it_starts(pico, monkeypatch):
 def test_runs_of_rl_side_by_side_share_a_gpu():
     cfg = load_params('smollm2') # five starts, eight workers
     one, four = (memory(cfg, 'ppo', n)['weights'] for n in (1, 4))
-    alone = memory(_with(cfg | dict(workers=1), {}), 'ppo', 1)['weights']
+    alone = memory(with_keys(cfg | dict(workers=1), {}), 'ppo', 1)['weights']
     assert one == 5*alone and four == 2*alone/4 # of four GPUs one has two
-    assert memory(_with(cfg, dict(launch=dict(processes=2))), 'ppo', 1)['weights'] == alone # they follow each other
-    class Memory: available = needed(memory(_with(cfg | dict(workers=1), {}), 'ppo', 1))*2**30
+    assert memory(with_keys(cfg, dict(launch=dict(processes=2))), 'ppo', 1)['weights'] == alone # they follow each other
+    class Memory: available = needed(memory(with_keys(cfg | dict(workers=1), {}), 'ppo', 1))*2**30
     with pytest.MonkeyPatch.context() as m:
         m.setattr('psutil.virtual_memory', lambda: Memory)
         check_fits(cfg, 'ppo', 1, []) # without a GPU, what runs beside it has taken its part
@@ -128,7 +128,7 @@ def test_hours_scale_as_they_must():
     cfg = load_params('qwen7b')
     s = sizes(cfg)
     assert sft_hours(cfg, s, 8) == pytest.approx(sft_hours(cfg, s, 4)/2)
-    assert sft_hours(_with(cfg, dict(sft=dict(checkpointing=True))), s, 4) == pytest.approx(sft_hours(cfg, s, 4)*8/6)
+    assert sft_hours(with_keys(cfg, dict(sft=dict(checkpointing=True))), s, 4) == pytest.approx(sft_hours(cfg, s, 4)*8/6)
     assert token_seconds(s, 4, 2) > 2*s.params/450e9 # sharded weights come over the link for each token
     assert all(r['hours'] > 0 for r in table(cfg, 4, 80))
 
@@ -210,7 +210,7 @@ def test_hours_of_edits():
 
 def test_hours_of_restoration():
     cfg = load_params('qwen7b')
-    s, many = sizes(cfg), _with(load_params('qwen7b'), dict(workers=4))
+    s, many = sizes(cfg), with_keys(load_params('qwen7b'), dict(workers=4))
     cells = sum(map(len, grids_of(cfg, s).values()))
     assert restore_hours(cfg, s, 4) > cells*score_hours(cfg, s, 2*cfg.eval.hands) and restore_hours(cfg, s, 4) < 12
     opened = 6*open_seconds(cfg, s)/3600 # by every worker

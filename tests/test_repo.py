@@ -1,6 +1,7 @@
 "Rules of the house."
 import ast, json, re, subprocess, sys
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from pathlib import Path
 import pytest
 from rlsft_nb.core import ROOT, TYPES, load_params, models
@@ -65,6 +66,25 @@ def test_readme_links():
 def test_pyflakes():
     r = subprocess.run([sys.executable, '-m', 'pyflakes', 'rlsft_nb'], cwd=ROOT, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
+
+def room_imports():
+    "(room, room it takes from, name, whether at its top level) for every import between rooms."
+    for p in sorted((ROOT/'rlsft_nb').glob('[a-z0-9]*.py')):
+        tree = ast.parse(p.read_text())
+        for n in ast.walk(tree):
+            if not isinstance(n, ast.ImportFrom) or not (n.level == 1 or (n.module or '').startswith('rlsft_nb')): continue
+            module = (n.module or '').removeprefix('rlsft_nb').removeprefix('.')
+            for a in n.names: yield p.stem, module or a.name, a.name if module else '', n in tree.body
+
+def test_imports_point_downwards():
+    below = {}
+    for room, other, _, top in room_imports():
+        if top: below.setdefault(room, set()).add(other)
+    assert len(below) > 30
+    tuple(TopologicalSorter(below).static_order()) # CycleError names the rooms of a circle
+
+def test_no_room_takes_what_another_hides():
+    assert [(room, other, name) for room, other, name, _ in room_imports() if name.startswith('_') and not name.startswith('__')] == []
 
 def test_everything_required_is_pinned():
     ini = ConfigParser(delimiters=['=']); ini.read(ROOT/'settings.ini')
