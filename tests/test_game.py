@@ -495,7 +495,7 @@ def test_hand_file_is_what_the_code_makes():
     assert hands_bytes(build_hands()) == data and hashlib.sha256(data).hexdigest() == game.HANDS_SHA
 
 def test_hand_file_damaged(monkeypatch):
-    game._hand_file.cache_clear()
+    for kept in (game._hand_file, game._hands): kept.cache_clear()
     monkeypatch.setattr(game, 'HANDS_SHA', '0'*64)
     with pytest.raises(ValueError, match='hands.json: sha256 is'): hands('test')
     monkeypatch.undo()
