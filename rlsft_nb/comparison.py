@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .chance import NEAR, NULLS, TOP, bands, bf16_steps, beyond, compared, entry_masks, first_order, first_order_principal, intruders, lead, null_update, random_angles, rounding, split_update, storage_noise, update_mask
 from .core import DiskError, Problem, gpus, make_dir, map_items, own_device, runs_root
-from .matrices import (as_matrix, cluster_angles, clusters, decompose, full_precision, nested_angles, overlaps, principal_angles, singular_values,
+from .matrices import (all_finite, as_matrix, cluster_angles, clusters, decompose, full_precision, nested_angles, overlaps, principal_angles, singular_values,
                                structural_zeros, svd, svdvals, vector_angles)
 from .weights import Checkpoint, CheckpointError, MatrixError, common, factors, open_checkpoint, read_matrix, safe_name, select
 
@@ -270,7 +270,7 @@ def read_exact(m) -> tuple: # the matrix; that of the base and the factors of it
     base, = _read(m._replace(update=()))
     parts = [(B.to(base.device), A.to(base.device), scale) for B, A, scale in map(factors, m.update)]
     W = base.double() + sum(scale*(B.double() @ A.double()) for B, A, scale in parts)
-    if not W.isfinite().all(): raise MatrixError(f'{m.update[0].file}: the update of {m.name} holds NaN or infinity')
+    if not all_finite(W): raise MatrixError(f'{m.update[0].file}: the update of {m.name} holds NaN or infinity')
     return W, base, parts
 
 def _pair(m0, m) -> tuple:

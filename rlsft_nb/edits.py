@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from .chance import NEAR, TOP
-from .matrices import Spectrum, decompose, singular_values
+from .matrices import Spectrum, all_finite, decompose, singular_values
 
 # %% ../nbs/edits.ipynb #63d120ae
 @dataclass
@@ -62,7 +62,7 @@ def pair(W:Tensor,      # (m, n) any float dtype, finite
     "Check two matrices and decompose both."
     if W.ndim != 2 or W.shape != W0.shape: raise ValueError(f'{name}: shapes {tuple(W.shape)} and {tuple(W0.shape)}; expected two matrices of one shape')
     for which, M in (('target', W), ('reference', W0)):
-        if not M.isfinite().all(): raise ValueError(f'{name} of the {which} holds NaN or infinity')
+        if not all_finite(M): raise ValueError(f'{name} of the {which} holds NaN or infinity')
     A, A0 = W.double(), W0.double()
     return Pair(A, A0, *((decompose(A), decompose(A0)) if at_once else (None, None)), W.dtype)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from .commands import parser, run
 from .core import DiskError, Problem, StageBusy, atomic_write, make_dir, own_device, progress, read_json, write_json
 from .edits import CONTROLS, MODES, band, check_mode, controls_of, describe, edits, freedom, pair, parse_ranks, reach
+from .matrices import all_finite
 from .weights import Checkpoint, CheckpointError, kinds, open_checkpoint, put_slice
 
 # %% ../nbs/surgery.ipynb #178ddca8
@@ -121,7 +122,7 @@ def seed_of(name, seed):
 def _stored(exact, dtype, name):
     "A result in the dtype of the target; refused where that cannot hold it."
     out = exact.to('cpu', dtype)
-    if not out.isfinite().all(): raise CheckpointError(f"{name}: {float(exact.flatten()[exact.abs().argmax()]):.4g} does not fit into the target's {str(dtype).split('.')[-1]}")
+    if not all_finite(out): raise CheckpointError(f"{name}: {float(exact.flatten()[exact.abs().argmax()]):.4g} does not fit into the target's {str(dtype).split('.')[-1]}")
     return out
 
 def _place(ck) -> Checkpoint: return ck.base or ck # where what is written has its place: an adapter's is its base's
