@@ -297,6 +297,19 @@ def load(folder, tmp_path): # in a process that cannot import this package
 
 files = lambda d: {str(f.relative_to(d)): f.read_bytes() for f in sorted(Path(d).rglob('*')) if f.is_file()}
 
+def test_gymnasium_tiny():
+    "Two environments at once, played by the embedded model: rewards are the verifier's."
+    import gymnasium
+    from rlsft_nb.game import verify
+    from rlsft_nb.models import generate, load_lm
+    (lm, tok), hand = load_lm('tiny:end'), ['4', '4', '3', '6']
+    env = gymnasium.make_vec('rlsft_nb/GeneralPoints-v0', num_envs=2, vectorization_mode='sync', hands=[hand], attempts=2)
+    asked, _ = env.reset(seed=0)
+    said = generate(lm, tok, [[dict(role='user', content=q)] for q in asked], max_new_tokens=48, temperature=1., seed=3)
+    _, reward, *_ = env.step(tuple(said))
+    assert reward.tolist() == [verify(a, hand).reward for a in said] and any('formula' in a for a in said)
+    env.close()
+
 def test_export(tmp_path):
     out = export(tmp_path/'points', deals=60)
     got = load(out, tmp_path)
