@@ -213,7 +213,7 @@ _STYLE = """:root{color-scheme:light dark;--ink:#1a1a1a;--paper:#fff;--line:#d8d
 *{box-sizing:border-box}body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
 h1{font-size:1.5rem;line-height:1.2;margin:.5rem 0}h2{font-size:1.1rem;margin:2rem 0 .5rem}.from{color:var(--grey)}ul.first{background:var(--soft);padding:1rem 1rem 1rem 2rem;border-radius:.5rem}
 .wide{overflow-x:auto}.wide img{width:100%;min-width:40rem;background:#fff;border-radius:.3rem}table{border-collapse:collapse;font-size:.85rem}
-td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}th{white-space:normal;vertical-align:bottom}td:first-child,th:first-child{text-align:left}
+td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}th{white-space:normal;overflow-wrap:normal;vertical-align:bottom}td:first-child,th:first-child{text-align:left}
 dt{font-weight:600}dd{margin:0 0 .5rem 1rem}@media print{body{max-width:none;font-size:10pt}.wide{overflow:visible}.wide img{min-width:0}tr{break-inside:avoid}}"""
 
 def _told(v) -> str: return '' if v is None else f'{v:.3g}' if isinstance(v, float) else html.escape(str(v))
