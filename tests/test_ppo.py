@@ -638,7 +638,7 @@ ppo.play_and_learn = learn
 train("again")
 import test_vllm
 test_vllm.stand_in(lambda x, name, value, raising=True: setattr(x, name, value))
-train("vllm", "vllm")
+train("played", "vllm") # not in a folder vllm: this script's place is on Python's path, where it would be found as a package
 assert len(test_vllm.vllm._kept) == 1 # not closed: with vLLM would go the group
 json.dump(test_vllm.LLM.made[0].synced, open(f"{folder}/synced-{acc.process_index}.json", "w"))
 ppo.Player = Scripted
@@ -659,7 +659,7 @@ def test_two_processes_stay_in_step_resume_and_do_what_one_does(pico, tmp_path, 
     log, again, two = (read_json(tmp_path/name/'trained.json')['log'] for name in ('whole', 'again', 'scripted'))
     assert [l['hands'] for l in log] == [8, 8] and all(math.isfinite(l['grad_norm']) for l in log)
     assert [l['update'] for l in again] == [1, 2] and again[1]['kl'] == log[1]['kl']
-    own = read_json(tmp_path/'vllm'/'trained.json')['log'] # sharded weights came whole, under names that the engine knows
+    own = read_json(tmp_path/'played'/'trained.json')['log'] # sharded weights came whole, under names that the engine knows
     assert [{k: l[k] for k in ('reward', 'length', 'kl')} for l in own] == [pytest.approx({k: l[k] for k in ('reward', 'length', 'kl')}, rel=1e-3) for l in log] and own[1]['engine'] == 'vllm'
     assert all(sorted(read_json(tmp_path/f'synced-{r}.json')) == sorted([*load_file(pico['qwen2']/'model.safetensors')]*2) for r in (0, 1))
     assert same(weights(tmp_path/'again'/'policy'), weights(tmp_path/'whole'/'policy')) and not same(weights(tmp_path/'whole'/'policy'), weights(pico['qwen2']))
