@@ -280,22 +280,22 @@ def _pair(m0, m) -> tuple:
     rows = min(len(W0), len(W)) # embeddings of two vocabularies: the common rows
     return W0[:rows], W[:rows], factor_values(*parts[0]) if exact else None
 
-def measure_pair(m0, m, ks, null, draws, seed, width) -> dict:
-    "`measure` of a matrix in two checkpoints, read from their files; a worker function."
+def measure_pair(m0, m, ks, null, draws, seed, width, coded=False) -> dict:
+    "`measure` of a matrix in two checkpoints, read from their files, with `as_coded` where asked; a worker function."
     try: W0, W, sd = _pair(m0, m)
     except MatrixError as e: return dict(unread=str(e))
     k = coded_rank(W.shape, width)
     out = measure(W, W0, [*ks, k], null, draws, seed + zlib.crc32(m.name.encode()), sd) | dict(layer=m.layer, type=m.type, dtype=m.dtype)
     if out['changed']: out['rounded'] = next((f'{x} is {y} in {kind}' for x, y, kind in (('b', 'a', rounding(W, W0)), ('a', 'b', rounding(W0, W))) if kind), '')
-    with full_precision(): return out | (dict(coded=as_coded(W, W0, k)) if 'verdicts' in out and W.numel() <= 2**27 else {})
+    with full_precision(): return out | (dict(coded=as_coded(W, W0, k)) if coded and 'verdicts' in out and W.numel() <= 2**27 else {})
 
 def measure_ends(embed, head) -> dict: return end_alignment(*_read(embed, head))
 
 # %% ../nbs/comparison.ipynb #1cf0119f
-def _items(A, B, names, settings) -> dict:
+def _items(A, B, names, settings, coded) -> dict:
     "The work, largest matrices first."
     width = A['embed'].shape[1] if 'embed' in A.matrices else max(min(A[n].shape) for n in names)
-    work = {safe_name(n): (A[n], B[n], *(settings[k] for k in ('ks', 'null', 'draws', 'seed')), width) for n in names}
+    work = {safe_name(n): (A[n], B[n], *(settings[k] for k in ('ks', 'null', 'draws', 'seed')), width, coded) for n in names}
     return dict(sorted(work.items(), key=lambda w: -math.prod(w[1][0].shape)))
 
 def place() -> tuple: # rank, number of ranks, what is odd about them
@@ -381,7 +381,8 @@ def compare(a, b,             # reference and the other: anything that `open_wei
             workers:int=1,    # processes; fewer where GPUs or memory hold fewer
             exclude='',       # patterns of matrices that are left out
             revisions=('', ''), # of a and b, where they are Hub repositories
-            base=''           # of adapters: a source, in place of the one they name
+            base='',          # of adapters: a source, in place of the one they name
+            coded:bool=False  # also by `as_coded`, as figures 3 and 4 need: several times as long at 7B's widths
     ) -> dict:                # a, b, settings, matrices: name -> record of `measure`, ends: a and b, and what was not measured: unread, left, others, opened
     "Measure every matrix that a pair of checkpoints has in common; what they do not share is listed."
     ks, draws, seed, workers = _numbers(ks), int(draws), int(seed), int(workers)
@@ -389,8 +390,8 @@ def compare(a, b,             # reference and the other: anything that `open_wei
     A, B = opened((a, b), revisions, base)
     (names, left), settings = chosen(A, B, matrices, exclude), dict(ks=ks, null=null, draws=draws, seed=seed)
     for p in {min(A[n].shape) for n in names}: ranks(ks, p)
-    key = hashlib.sha256(json.dumps([A.stamp(), B.stamp(), settings, KEPT]).encode()).hexdigest()[:8]
-    items, folder = _items(A, B, names, settings), Path(out or runs_root()/'spectra'/key)
+    key = hashlib.sha256(json.dumps([A.stamp(), B.stamp(), settings, bool(coded), KEPT]).encode()).hexdigest()[:8]
+    items, folder = _items(A, B, names, settings, coded), Path(out or runs_root()/'spectra'/key)
     keep, extents = folder/f'matrices-{key}', {safe_name(n): _extent(A[n]) for n in names}
     workers = affordable(extents, workers, keep)
     spread_out('comparison.measure_pair', items, keep)

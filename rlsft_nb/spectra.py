@@ -49,7 +49,7 @@ def pair_stage(cfg, label:str, a, b, upstream, seed:int=0, null:str='shuffle') -
     st = Stage(f'spectra-{slug}-{null}', cfg.name, dict(spectra=s, points=[Path(str(p)).name for p in (a, b)]), upstream, seed, '04_spectra.ipynb')
     def fn(folder):
         A, B = (open_weights(p, cfg if p == cfg.name else None) for p in (a, b))
-        return compare(A, B, folder, A.text(), [*s.ks, 1.], null, s.draws, seed, processes(cfg))
+        return compare(A, B, folder, A.text(), [*s.ks, 1.], null, s.draws, seed, processes(cfg), coded=True)
     return run_stage(st, fn, cfg)
 
 # %% ../nbs/04_spectra.ipynb #30d294e2

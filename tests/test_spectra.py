@@ -95,7 +95,7 @@ def test_tf32_is_off_whatever_the_caller_allows(old, tmp_path, monkeypatch):
     try:
         if old: torch.set_float32_matmul_precision('high')
         else: flag.fp32_precision = 'tf32'
-        comparison.measure_pair(*(Checkpoint(tmp_path/f'{n}.safetensors')['layers.0.q'] for n in 'ab'), [2], 'shuffle', 2, 0, 8)
+        comparison.measure_pair(*(Checkpoint(tmp_path/f'{n}.safetensors')['layers.0.q'] for n in 'ab'), [2], 'shuffle', 2, 0, 8, coded=True)
         with pytest.raises(ZeroDivisionError), full_precision(): 1/0
         assert seen == ['ieee'] and read() == 'tf32'
     finally: torch.set_float32_matmul_precision('highest')
@@ -538,7 +538,9 @@ def test_figures_and_verdicts_of_a_run(tmp_path):
     for j, name in enumerate(('base', 'peak', 'end', 'rl')):
         save_file({n: (W + .01*j*randn(*W.shape, seed=60 + j)).float() for n, W in t.items()}, tmp_path/f'{name}.safetensors')
     points = {n: tmp_path/f'{n}.safetensors' for n in ('base', 'peak', 'end', 'rl')}
-    found = {l: compare(*ab, tmp_path/'out', ks=[.5, 1.], draws=2) for l, ab in pairs(points).items()}
+    found = {l: compare(*ab, tmp_path/'out', ks=[.5, 1.], draws=2, coded=True) for l, ab in pairs(points).items()}
+    assert all('coded' in r for f in found.values() for r in f['matrices'].values())
+    assert not any('coded' in r for r in compare(*pairs(points)['SFT'], tmp_path/'out', ks=[.5, 1.], draws=2)['matrices'].values()) # nor kept from above
     assert list(found) == ['SFT', 'SFT from peak', 'RL'] and list(pairs(dict(base=0, peak=1, end=2))) == list(found)[:2]
     names = ['layers.0.q', 'layers.0.k', 'layers.0.v', 'layers.0.up']
     data = trimmed(found, names, values_part), trimmed(found, names, angles_part)
