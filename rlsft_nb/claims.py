@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'MEASURED', 'NEEDS', 'MEASURES', 'VERDICTS', 'UNITS', 'SETS', 'measure', 'load_claims', 'Absent',
-           'Untestable', 'seeds_of', 'Records', 'command', 'judge', 'over_seeds', 'told', 'interval', 'threshold',
-           'difference', 'change', 'from_peak', 'given_back', 'gains', 'rank_order', 'worst_start', 'loss_end',
-           'loss_line', 'loss_lag', 'values_stay', 'turned', 'reorients', 'alike', 'qkv_alike', 'centred',
-           'at_extremes', 'energy', 'extremes_turn', 'low_index_kept', 'full_basis', 'published_angles', 'recovered',
-           'helps', 'directions_not_values', 'imposed', 'imposed_not_values', 'contest', 'random_rotation', 'id_spread',
+           'Untestable', 'Records', 'command', 'judge', 'over_seeds', 'told', 'interval', 'threshold', 'difference',
+           'change', 'from_peak', 'given_back', 'gains', 'rank_order', 'worst_start', 'loss_end', 'loss_line',
+           'loss_lag', 'values_stay', 'turned', 'reorients', 'alike', 'qkv_alike', 'centred', 'at_extremes', 'energy',
+           'extremes_turn', 'low_index_kept', 'full_basis', 'published_angles', 'recovered', 'helps',
+           'directions_not_values', 'imposed', 'imposed_not_values', 'contest', 'random_rotation', 'id_spread',
            'few_suffice', 'more_is_better', 'drifts', 'cost_orders', 'printed_order', 'at_seed', 'shown', 'beside',
            'judge_claim', 'judge_claims', 'tally', 'verdict_text', 'seeds_text', 'here_text', 'to_markdown', 'table',
            'newcombe', 'at_best', 'needed', 'needed_paired', 'one_number', 'own_numbers', 'numbers_markdown']
@@ -22,13 +22,14 @@ import numpy as np
 import yaml
 from scipy import stats
 
-from .core import (Markdown, ParamError, cell_text, near, cluster_interval, figures_dir, load_params, mcnemar, mean_spread, params_dir, read_json, sha256_file,
+from .core import (Markdown, ParamError, cell_text, near, cluster_interval, load_params, mcnemar, mean_spread, params_dir, sha256_file,
                           wilson)
 from .models import clusters
 from .ppo import AUTHORS, spearman
 from .restore import cell_name, holm, layer_groups, recovery
 from .chance import bands
 from . import theory
+from .records import home, read_record, seeds_of
 
 # %% ../nbs/07_claims.ipynb #adb2e977
 FIELDS = ('id', 'at', 'claim', 'paper', 'quantity', 'test', 'fixed') # every claim has these; measured ones also:
@@ -66,19 +67,14 @@ def load_claims(path=params_dir()/'claims.yaml') -> dict: # conf, tests, records
 class Absent(Exception): "A record, or a part of one, that is not there: name, and what is missing."
 class Untestable(Exception): "A record that cannot answer the question: why."
 
-def seeds_of(model:str) -> list: # ascending
-    "The seeds that have records of SFT, from which all others come."
-    found = (re.fullmatch(r'fig2-seed(\d+)', p.stem) for p in figures_dir(model).glob('fig2-*.json'))
-    return sorted({int(m[1]) for m in found if m})
-
 # %% ../nbs/07_claims.ipynb #b6d34d11
 class Records:
-    "`records(name, *path)`: a part of figures/<model>/<name>-seed<seed>.json. `files` were read, `asked` were asked for."
-    def __init__(self, model:str, seed:int): self.model, self.seed, self.files, self.asked = model, seed, {}, {}
+    "`records(name, *path)`: a part of <name>-seed<seed>.json in `folder`, else in `home`. `files` were read, `asked` were asked for."
+    def __init__(self, cfg, seed:int, folder=None): self.cfg, self.seed, self.folder, self.files, self.asked = cfg, seed, folder or home(cfg, seed), {}, {}
     def _load(self, name) -> dict:
-        path = figures_dir(self.model)/f'{name}-seed{self.seed}.json'
+        path = self.folder/f'{name}-seed{self.seed}.json'
         if name not in self.files and not path.is_file(): raise Absent(name, f'no record {path.name}')
-        if name not in self.files: self.files[name] = dict(path=path, sha256=sha256_file(path), record=read_json(path))
+        if name not in self.files: self.files[name] = dict(path=path, sha256=sha256_file(path), record=read_record(path, self.cfg))
         return self.files[name]['record']
     def __call__(self, name, *path):
         self.asked[name] = True
@@ -615,15 +611,16 @@ def judge_claim(c:dict, records:dict, # as in `at_seed`
                       beside=beside(found, c['unit']), chance=_chance(found), verdict=o['verdict'])
 
 # %% ../nbs/07_claims.ipynb #fc5163b3
-def judge_claims(cfg, seeds:list # of `load_params`; whose records are judged
-    ) -> dict:                   # model, seeds, conf, sections, tests, claims, numbers, sweep, files, stages
+def judge_claims(cfg, seeds:list, # of `load_params`; whose records are judged
+                 folder=None      # where they are; where None as `home` says
+    ) -> dict:                    # model, seeds, conf, sections, tests, claims, numbers, sweep, files, stages, params
     "Every claim, in the order of the paper."
-    t, gets = load_claims(), [Records(cfg.name, s) for s in seeds]
+    t, gets = load_claims(), [Records(cfg, s, folder) for s in seeds]
     claims = [judge_claim(c, t['records'], cfg, gets, t['conf']) for c in t['claims']]
     read = [f for get in gets for f in get.files.values()]
     stages = {n: s for f in read for n, s in f['record'].get('stages', {}).items()}
     return dict(model=cfg.name, seeds=list(seeds), conf=t['conf'], sections=t['sections'], tests=t['tests'], claims=claims, **own_numbers(t['numbers']),
-                files={f['path'].name: f['sha256'] for f in sorted(read, key=lambda f: f['path'])}, stages=stages)
+                files={f['path'].name: f['sha256'] for f in sorted(read, key=lambda f: f['path'].name)}, stages=stages)
 
 def tally(record:dict) -> dict: # verdict -> number of claims
     "How often each verdict was given."
@@ -657,7 +654,8 @@ def to_markdown(record:dict) -> Markdown: # of `judge_claims`
 
 def table(model:str='tiny', overrides:dict=None) -> Markdown:
     "The claim table of a model, from the records of all its seeds."
-    return to_markdown(judge_claims(load_params(model, overrides), seeds_of(model) or [0]))
+    cfg = load_params(model, overrides)
+    return to_markdown(judge_claims(cfg, seeds_of(cfg) or [0]))
 
 # %% ../nbs/07_claims.ipynb #a85609d6
 def newcombe(a:int, b:int, n:int, conf:float=.95) -> tuple: # (lo, hi)

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from . import comparison, edits, matrices, ppo, sft, surgery
-from .core import Problem, process_pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, save_record, threads, yaml_mapping
+from .core import Problem, process_pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, threads, yaml_mapping
+from .records import save_record
 from .game import Verdict
 from .models import EMBEDDED, model_class, arithmetic, device, generate_ids, load_lm, save_lm
 from .plan import GIB, H100, STAGES, with_keys, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds, width

@@ -248,20 +248,17 @@ def run_notebook(nb,          # a source notebook
     return record
 
 # %% ../nbs/paper.ipynb #25a59af9
-def _short(path) -> str:
-    "A path as one would type it from the repository."
-    return os.path.relpath(path, REPO) if REPO in Path(path).parents else str(path)
-
 def made_table(rows:list # (executed notebook, record, True if it ran now) each
     ) -> str:
     "What was made and where, as text."
+    from rlsft_nb.records import shown_path
     head = f"{'notebook':<34}{'seconds':>9}  made"
     lines, shown = [head, '-'*len(head)], set()
     for out, r, ran in rows:
         made = [p for p in (os.path.normpath(Path(out).parent/p) for p in r['figures'] + r['stages']) if p not in shown]
         shown.update(made)
-        lines.append(f"{_short(out):<34}{r['seconds']:>9.1f}  {'' if ran else 'up to date'}".rstrip())
-        lines += [f"{'':<45}{_short(p)}" for p in made]
+        lines.append(f"{shown_path(out):<34}{r['seconds']:>9.1f}  {'' if ran else 'up to date'}".rstrip())
+        lines += [f"{'':<45}{shown_path(p)}" for p in made]
     return '\n'.join(lines)
 
 # %% ../nbs/paper.ipynb #fa5a4610

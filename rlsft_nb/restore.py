@@ -17,7 +17,8 @@ from pathlib import Path
 
 from fastcore.basics import AttrDict
 
-from .core import Stage, map_items, mean_spread, read_json, run_stage, save_record
+from .core import Stage, map_items, mean_spread, read_json, run_stage
+from .records import save_record
 from .edits import MODES, PLACES, Pair, band, describe, edit, edit64, freedom, pair, parse_ranks, restore_directions, restore_many, restore_values, update_many
 from .models import clusters
 from .recovery import contest_row, contests, holm, judge_cost, judge_share, judge_values, judge_wins, recovery, share_row, span, two_digits

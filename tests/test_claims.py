@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 from rlsft_nb import claims, ppo, restore, sft, spectra, theory
-from rlsft_nb.claims import VERDICTS, difference, judge_claims, load_claims, needed, needed_paired, newcombe, over_seeds, own_numbers, seeds_of, table, tally, to_markdown
+from rlsft_nb.claims import VERDICTS, difference, judge_claims, load_claims, needed, needed_paired, newcombe, over_seeds, own_numbers, table, tally, to_markdown
+from rlsft_nb.records import records_dir, seeds_of
 from rlsft_nb.core import ROOT, ParamError, load_params, mcnemar, models, wilson, write_json
 from rlsft_nb.models import clusters
 
@@ -180,7 +181,7 @@ def test_theory_agrees(tmp_path, gauge):
 
 def test_whole_table(tmp_path):
     for s in range(3): save(fake(s), tmp_path, s)
-    assert seeds_of('tiny') == [0, 1, 2]
+    assert seeds_of(CFG) == [0, 1, 2]
     r = judge_claims(CFG, [0, 1, 2])
     json.dumps(json.loads(write_json(tmp_path/'r.json', r).read_text())) # no NaN, nothing but JSON
     assert verdicts_of(r) == verdicts_of(judge_claims(CFG, [0, 1, 2]))
@@ -212,7 +213,7 @@ def test_a_control_that_was_not_played_is_no_reason_to_leave_a_claim_out(tmp_pat
     assert all(c[i]['seeds'] == [0, 1] for i in ('layers-25', 'knob-layers', 'ranks-20', 'knob-ranks')) and c['ranks-20']['chance'] and c['ranks-20']['beside']
 
 def test_without_records_every_line_says_what_makes_it():
-    assert seeds_of('tiny') == []
+    assert seeds_of(CFG) == []
     r = judge_claims(CFG, [4])
     once = {c['id'] for c in LIST['claims'] if c.get('once')}
     for c in r['claims']:
@@ -245,8 +246,9 @@ def test_a_model_that_learns_nothing(tmp_path):
     assert c['rl-restores']['verdict'] == c['ood-falls']['verdict'] == 'within noise'
 
 def test_records_of_other_hands_are_refused(tmp_path):
-    save(fake(), tmp_path)
-    with pytest.raises(ParamError, match='give the overrides of their run'): judge_claims(load_params('tiny', dict(eval=dict(hands=500))), [0])
+    few = load_params('tiny', dict(eval=dict(hands=500)))
+    for name, r in fake().items(): write_json(records_dir(few)/f'{name}-seed0.json', r)
+    with pytest.raises(ParamError, match='give the overrides of their run'): judge_claims(few, [0])
 
 # the paper's own numbers
 

@@ -29,13 +29,13 @@ def source_stays(request):
 def test_terminal(repo):
     rc, shown = terminal('papermill nbs/00_toy.ipynb -p model tiny', repo)
     assert rc == 0, shown
-    assert 'runs/tiny/00_toy.ipynb' in files(repo) and 'figures/tiny/toy.json' in files(repo)
+    assert 'runs/tiny/00_toy.ipynb' in files(repo) and 'runs/tiny/records/toy.json' in files(repo)
     assert "name: tiny" in (repo/'runs/tiny/00_toy.ipynb').read_text() # the configuration is recorded
 
 def test_pipe_other_seed_and_module(repo):
     r = pipe('python -m papermill nbs/00_toy.ipynb -p seed 1 -y "overrides: {sft: {lr: 2.0e-6}}" -p lr 1 | cat', repo)
     assert r.stdout == '' and 'runs/tiny/00_toy-seed1.ipynb' in files(repo), r.stderr
-    made = read_json(repo/'figures/tiny/toy-seed1.json')
+    made = read_json(repo/'runs/tiny/records/toy-seed1.json')
     assert (made['n'], made['seed'], list(made['stages'])) == (3, 1, [p.parent.name.join(['tiny/', '']) for p in (repo/'runs'/'tiny').glob('toy-*/done.json')])
     assert 'lr: 2.0e-06' in (repo/'runs/tiny/00_toy-seed1.ipynb').read_text()
 
@@ -134,15 +134,15 @@ def test_light_on_papermill(env):
 def test_runner_twice(repo):
     run = lambda *a: pipe(' '.join(['python -m rlsft_nb.paper', *a]), repo)
     first = run()
-    assert first.returncode == 0 and 'runs/tiny/00_toy.ipynb' in first.stdout and 'figures/tiny/toy.json' in first.stdout and 'runs/tiny/toy-' in first.stdout, first.stderr
+    assert first.returncode == 0 and 'runs/tiny/00_toy.ipynb' in first.stdout and 'runs/tiny/records/toy.json' in first.stdout and 'runs/tiny/toy-' in first.stdout, first.stderr
     before = {p: sha(repo/p) for p in files(repo)}
     assert not any(str(repo) in (repo/p).read_text() for p in before if p.endswith('.json')) # a record holds no absolute path
     second = run('--model', 'tiny', '--seed', '0')
     assert second.returncode == 0 and second.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seed 0.'
     assert {p: sha(repo/p) for p in files(repo)} == before
-    (repo/'figures/tiny/toy.json').unlink()
+    (repo/'runs/tiny/records/toy.json').unlink()
     third = run()
-    assert 'up to date' not in third.stdout and (repo/'figures/tiny/toy.json').is_file()
+    assert 'up to date' not in third.stdout and (repo/'runs/tiny/records/toy.json').is_file()
 
 def test_what_follows_runs_again(repo):
     first, record = repo/'nbs'/'00_toy.ipynb', repo/'runs'/'tiny'/'01_more.json'
@@ -174,11 +174,11 @@ def test_runner_of_seeds(repo):
     assert first.returncode == 0 and [l[:12] for l in told] == ['seed 0   don', 'seed 1   don', 'seed 2   don'], first.stderr
     made = sorted(p.name for p in (repo/'runs'/'tiny').glob('*.ipynb'))
     assert made == ['00_toy-seed1.ipynb', '00_toy-seed2.ipynb', '00_toy-seeds3.ipynb', '00_toy.ipynb']
-    records = [json.loads((repo/'figures'/'tiny'/f'{n}.json').read_text()) for n in ('toy', 'toy-seed1', 'toy-seed2')]
+    records = [json.loads((repo/'runs'/'tiny'/'records'/f'{n}.json').read_text()) for n in ('toy', 'toy-seed1', 'toy-seed2')]
     assert [(r['seed'], r['seeds'], len(r['stages'])) for r in records] == [(0, 3, 1), (1, 1, 1), (2, 1, 1)]
     assert all('python' in made and 'torch' in made['versions'] for r in records for made in r['stages'].values())
     before = {p: sha(repo/p) for p in files(repo)}
-    (repo/'figures'/'tiny'/'toy-seed2.json').unlink() # as if that seed had been killed before its end
+    (repo/'runs'/'tiny'/'records'/'toy-seed2.json').unlink() # as if that seed had been killed before its end
     second, third = run('--seeds', '3'), run('--seeds', '3')
     assert second.returncode == 0 and second.stdout.count('up to date') == 2 and {p: sha(repo/p) for p in files(repo)}.keys() == before.keys() # seed 2 and the sum again
     assert third.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seeds 0 to 2.'

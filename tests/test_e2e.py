@@ -24,11 +24,11 @@ def test_every_notebook_twice(pico, tmp_path):
     for nb in stages: run(nb, small)
     again = made(runs)
     assert {k: again[k] for k in first} == first # nothing was made twice
-    figures = {p.name: p.read_bytes() for p in (tmp_path/'figures'/'tiny').iterdir()}
+    figures = {p.name: p.read_bytes() for p in next((tmp_path/'runs'/'tiny').glob('records-*')).iterdir()}
     assert {'fig2-seed0.png', 'fig1-sft-seed0.json', 'fig1-seed0.json', 'fig3-seed0.png', 'fig7-seed0.png', 'figA-seed0.json', 'claims-seed0.json'} <= set(figures)
     for nb in ('02_sft', '05_restore'): run(nb, small)
     assert made(runs) == again
-    assert {p.name: p.read_bytes() for p in (tmp_path/'figures'/'tiny').iterdir()} == figures # drawn again from the records, to the byte
+    assert {p.name: p.read_bytes() for p in next((tmp_path/'runs'/'tiny').glob('records-*')).iterdir()} == figures # drawn again from the records, to the byte
     for d in runs.rglob('done.json'):
         told = read_json(d)
         assert {'commit', 'versions', 'device', 'seconds', 'peak_mib', 'date'} <= set(told) and read_json(d.parent/'results.json')

@@ -55,7 +55,7 @@ def test_the_command(pico, tmp_path, capsys):
     import yaml
     given = yaml.safe_dump(over(pico, 'llama'), default_flow_style=True, width=10**6)
     assert main(['qwen7b', '--stages', 'score', '--overrides', given]) == 0
-    said, kept = capsys.readouterr().out, read_json(tmp_path/'figures'/'qwen7b'/'measured-cpu.json')
+    said, kept = capsys.readouterr().out, read_json(next((tmp_path/'runs'/'qwen7b').glob('records*/measured-cpu.json')))
     assert 'qwen7b, 2 of 2 layers, random weights' in said and [r['stage'] for r in kept['rows']] == ['score']
     assert [*kept['rows'][0]['planned']] == ['peak_gib'] and '(planned -)' in said # times are planned for GPUs
     with pytest.raises(SystemExit): main(['tiny', '--stages', 'sleep'])

@@ -22,7 +22,7 @@ def test_restore_runs_as_for_tiny(pico, tmp_path, model, kind, env):
     assert r.returncode == 0, r.stderr[-3000:]
     made = {d.parent.name.rsplit('-', 1)[0]: d.parent for d in (tmp_path/'runs'/model).rglob('done.json')}
     assert {'sft', 'sft-curve', 'restore'} <= set(made)
-    assert {p.suffix for p in (tmp_path/'figures'/model).iterdir()} == {'.png', '.json'}
+    assert {p.suffix for p in next((tmp_path/'runs'/model).glob('records*')).iterdir()} == {'.png', '.json'}
     start, end = (dict(load_lm(str(f))[0].named_parameters()) for f in (pico[kind], made['sft']/'step-4'))
     still = set(idle(load_lm(str(pico[kind]))[0]))
     assert all(start[n].equal(end[n]) for n in still) and not any(start[n].equal(end[n]) for n in start if n not in still and n.endswith('proj.weight'))

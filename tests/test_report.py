@@ -88,7 +88,7 @@ def test_one_seed_and_none(tmp_path):
     assert not empty.wrong and sum(s.strip() == 'not run' for _, s in empty.said) > 80
     save(fake(), tmp_path)
     text = page('tiny')
-    assert 'make paper MODEL=tiny</code>' in text and 'seed 0.' in text and not Page(text).wrong
+    assert 'make paper MODEL=tiny</code>' in text and 'Seed 0 as published.' in text and not Page(text).wrong
 
 @pytest.mark.parametrize('model,says', [('tiny', 'in the package'), ('smollm2', 'converted from a GGUF file'), ('qwen7b', 'from the Hub (Qwen/Qwen2.5-7B-Instruct)')])
 def test_a_model_of_every_source_has_a_page(model, says):
