@@ -27,8 +27,8 @@ def test_a_record_names_the_stages_behind_it_alone(tmp_path):
     assert behind() >= {repr(first), repr(second), repr(other)}
 
 def test_the_key_is_of_what_decides_a_result():
-    same = [dict(workers=7), dict(threads=3), dict(launch=dict(processes=2)), dict(needs=dict(gpus=4)), dict(sft=dict(lr=TINY.sft.lr))]
-    assert [run_key(load_params('tiny', o)) for o in same] == ['']*5
+    same = [dict(workers=7), dict(threads=3), dict(launch=dict(processes=2)), dict(needs=dict(gpus=4)), dict(sft=dict(lr=TINY.sft.lr)), dict(ppo=dict(sweep_seeds=5))]
+    assert [run_key(load_params('tiny', o)) for o in same] == ['']*6
     other = [dict(sft=dict(lr=1.0e-3)), dict(eval=dict(hands=40)), dict(restore=dict(draws=7))]
     assert len({run_key(load_params('tiny', o)) for o in other} - {''}) == 3
     here, there = (load_params('qwen7b', dict(model=dict(source='folder', path=f'{d}/w'))) for d in ('/a', '/b'))
