@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help paper report bundle test lab install
+.PHONY: help paper report publish bundle test lab install
 
 MODEL ?= tiny
 SEED ?= 0
@@ -11,18 +11,22 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 help:
-	@echo "make paper [MODEL=tiny] [SEED=0]    run the numbered notebooks and list what was made"
+	@echo "make paper [MODEL=tiny] [SEED=0]    run the numbered notebooks and say what they found (V=1: and list what they made)"
 	@echo "make paper [MODEL=tiny] SEEDS=5     the same for seeds 0 to 4 side by side, and what sums them up"
 	@echo "make report [MODEL=tiny]            one HTML page of what was made: claims, figures, provenance"
+	@echo "make publish [MODEL=tiny]           copy the figures and records that were made here to figures/"
 	@echo "make bundle MODEL=smollm2           one folder for a machine without a network, in parts"
 	@echo "make lab                            open the notebooks in JupyterLab"
 	@echo "make test                           run the notebooks' lessons, the tests and the checks"
 
 paper: $(READY)
-	@$(BIN)/python -m rlsft_nb.paper --model $(MODEL) --seed $(SEED) --seeds $(SEEDS)
+	@$(BIN)/python -m rlsft_nb.paper --model $(MODEL) --seed $(SEED) --seeds $(SEEDS) $(if $(V),-v)
 
 report: $(READY)
 	@$(BIN)/python -m rlsft_nb.report --model $(MODEL)
+
+publish: $(READY)
+	@$(BIN)/python -m rlsft_nb.paper publish --model $(MODEL)
 
 bundle: $(READY)
 	@$(BIN)/python -m rlsft_nb.bundle pack $(MODEL) --out bundle-$(MODEL)

@@ -54,13 +54,14 @@ def measure(f):
     MEASURES[f.__name__] = f
     return f
 
-def load_claims(path=params_dir()/'claims.yaml') -> dict: # conf, tests, records, sections, claims, numbers
+def load_claims(path=params_dir()/'claims.yaml') -> dict: # conf, tests, headline, records, sections, claims, numbers
     "The list of claims, checked."
     told = yaml.safe_load(path.read_text(encoding='utf-8'))
     for c in told['claims']: _check_claim(c, told['sections'])
     ids = [c['id'] for c in told['claims']]
     twice = [i for i in ids if ids.count(i) > 1]
     if twice: raise ParamError(f'params/claims.yaml: {twice[0]!r} stands there twice')
+    if lost := [i for i in told['headline'] if i not in ids]: raise ParamError(f'params/claims.yaml: headline names {lost[0]!r}; {near(lost[0], ids)}')
     return told
 
 # %% ../nbs/07_claims.ipynb #db04090b

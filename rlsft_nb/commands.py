@@ -105,6 +105,10 @@ def _report(p):
     p.add_argument('--overrides', metavar='YAML', default='{}', help="keys of params/base.yaml that the runs had changed, such as '{eval: {hands: 200}}'")
     _shared(p)
 
+def _agree(p):
+    p.add_argument('--model', default='tiny', help='a file in params/ (default: tiny)')
+    _shared(p)
+
 def _plan(p):
     p.add_argument('model', help='a file in params/')
     p.add_argument('--gpus', type=_count, default=4, help='on each node (default: 4)')
@@ -140,7 +144,7 @@ def _game(p):
     do.add_parser('export', add_help=False, help='write hands as a dataset')
 
 # %% ../nbs/commands.ipynb #c88ac77d
-OPTIONS = dict(compare=_compare, restore=_restore, sweep=_sweep, game=_game, report=_report, plan=_plan, bench=_bench)
+OPTIONS = dict(compare=_compare, restore=_restore, sweep=_sweep, game=_game, report=_report, agree=_agree, plan=_plan, bench=_bench)
 COMMANDS = { # what follows `rlsft` -> (what it does, its function)
     'compare': ('what rotated between two checkpoints or more, how far, and how far beyond chance', 'comparison_page.main'),
     'restore': ('write a checkpoint with old directions put back into a new one', 'surgery.main'),
@@ -148,6 +152,7 @@ COMMANDS = { # what follows `rlsft` -> (what it does, its function)
     'game': ('the card game: solve, verify, prompt, export', 'cli.game'),
     'game export': ('write hands as a dataset', 'envs.export_main'),
     'report': ('claims, figures and provenance as one page', 'report.main'),
+    'agree': ('whether a run made here agrees with the published one', 'agree.main'),
     'plan': ('memory and hours of every stage of a model', 'plan.main'),
     'bench': ('speed of the pieces, each beside a plain way', 'bench.main')}
 CODES = 'Exit codes: 0 done, 1 the work failed or the answer is no, 2 wrong usage, 130 interrupted.'

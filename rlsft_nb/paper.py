@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['REPO', 'NBS', 'Engine', 'notebook_params', 'parse_command', 'guess', 'asked_params', 'switches', 'check_asked',
            'output_path', 'complete', 'short_message', 'numbered', 'fingerprint', 'up_to_date', 'run_notebook',
-           'made_table', 'run_numbered', 'seed_lane', 'run_seeds', 'run_paper', 'to_markdown', 'write_readme', 'drift',
-           'refresh', 'main']
+           'made_table', 'known_seconds', 'left', 'placed', 'run_numbered', 'seed_lane', 'run_seeds', 'run_paper',
+           'to_markdown', 'write_readme', 'drift', 'refresh', 'publish_runs', 'main']
 
 # %% ../nbs/paper.ipynb #838f9779
-import ast, base64, hashlib, io, json, os, re, shutil, subprocess, sys, tempfile, threading, time
+import ast, base64, hashlib, io, json, math, os, re, shutil, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import click
@@ -213,16 +213,26 @@ def _notes(folder, kind) -> list: # strings, first mention first
     path = Path(folder)/kind
     return list(dict.fromkeys(path.read_text(encoding='utf-8').splitlines())) if path.is_file() else []
 
+def _teller(bar):
+    "Shows a line: on a terminal at once, elsewhere one a minute."
+    last = [time.monotonic()]
+    def tell(line):
+        if sys.stderr.isatty(): bar.set_description_str(line)
+        elif time.monotonic() - last[0] >= 60: last[0] = time.monotonic(); print(line, file=sys.stderr, flush=True)
+    return tell
+
 @contextmanager
-def _watched(pass_on=None # called with the newest line, instead of showing it
+def _watched(pass_on=None, # called with the newest line, instead of showing it
+             dress=str     # of a line: what is shown
     ):
     "A folder for notes, whose newest line of progress is shown."
     from tqdm import tqdm
     with tempfile.TemporaryDirectory() as d:
         os.environ['RLSFT_WATCH'], stop = d, threading.Event()
         bar = tqdm(bar_format='    {desc}', position=1, leave=False, disable=bool(pass_on) or not sys.stderr.isatty())
+        tell = pass_on or _teller(bar)
         def look():
-            while not stop.wait(1): (pass_on or bar.set_description_str)((_notes(d, 'progress') or [''])[-1])
+            while not stop.wait(1): tell(dress((_notes(d, 'progress') or [''])[-1]))
         watcher = threading.Thread(target=look, daemon=True)
         watcher.start()
         try: yield d
@@ -230,7 +240,8 @@ def _watched(pass_on=None # called with the newest line, instead of showing it
 
 def run_notebook(nb,          # a source notebook
                  values:dict, # its parameters
-                 pass_on=None # called with the newest line of progress, instead of showing bars
+                 pass_on=None, # called with the newest line of progress, instead of showing bars
+                 dress=str    # of a line of progress: what is shown
     ) -> dict:                # fingerprint, seconds, files (path -> sha256), figures, stages; paths as seen from the record
     "Execute a notebook into runs/ and keep a record of what it made."
     import papermill
@@ -238,7 +249,7 @@ def run_notebook(nb,          # a source notebook
     out, start, mark = output_path(nb, values), time.monotonic(), fingerprint(nb, values)
     make_dir(out.parent); _record_path(out).unlink(missing_ok=True)
     bar = False if pass_on else dict(desc=f'{Path(nb).stem:<12}', position=0)
-    with _watched(pass_on) as d:
+    with _watched(pass_on, dress) as d:
         papermill.execute_notebook(_literal(nb), _literal(out), values, progress_bar=bar, cwd=str(REPO), extra_arguments=['--IPKernelApp.log_level=40'])
         figures, stages = _notes(d, 'figures'), _notes(d, 'stages')
     here = lambda p: os.path.relpath(p, out.parent)
@@ -260,6 +271,28 @@ def made_table(rows:list # (executed notebook, record, True if it ran now) each
         lines.append(f"{shown_path(out):<34}{r['seconds']:>9.1f}  {'' if ran else 'up to date'}".rstrip())
         lines += [f"{'':<45}{shown_path(p)}" for p in made]
     return '\n'.join(lines)
+
+# %% ../nbs/paper.ipynb #dba48b8e
+def known_seconds(model:str) -> dict: # name of a numbered notebook -> seconds
+    "What each notebook took: here at last, else when the records were published."
+    from rlsft_nb.core import figures_dir, read_json, runs_root
+    kept = figures_dir(model)/'seconds.json'
+    out = dict(read_json(kept)['notebooks']) if kept.is_file() else {}
+    runs = {nb.stem: sorted((runs_root()/model).glob(f'{nb.stem}*.json'), key=lambda p: p.stat().st_mtime) for nb in numbered()}
+    return out | {stem: read_json(found[-1])['seconds'] for stem, found in runs.items() if found}
+
+def left(stems:list, known:dict, passed:float # notebooks from the one that runs on, `known_seconds`, seconds that it has run
+    ) -> str:
+    "How long the rest takes, or ''."
+    if not all(s in known for s in stems): return ''
+    rest = max(0, known[stems[0]] - passed) + sum(known[s] for s in stems[1:])
+    return f', about {math.ceil(rest/60)} min left'
+
+def placed(nb, known:dict): # function of a line of progress
+    "Puts the place of a notebook among all, and what is left, around a line."
+    stems, began = [n.stem for n in numbered()], time.monotonic()
+    i = stems.index(nb.stem)
+    return lambda line: f'notebook {i + 1} of {len(stems)}  {nb.stem}  {line}{left(stems[i:], known, time.monotonic() - began)}'
 
 # %% ../nbs/paper.ipynb #fa5a4610
 def _hand_over(rows):
@@ -290,14 +323,13 @@ def run_numbered(asked:dict,  # parameters by name; each notebook takes those th
     "Run what is not up to date among the numbered notebooks."
     from papermill.exceptions import PapermillExecutionError
     from rlsft_nb.core import Problem, read_json
-    rows = list(earlier)
+    rows, known = list(earlier), known_seconds(asked['model'])
     try:
         for nb in numbered():
             values = _values(nb, asked)
             out, old = output_path(nb, values), up_to_date(nb, values)
-            tell = pass_on and (lambda line: pass_on(f'{nb.stem}  {line}'))
             if not old: _outdate(nb, asked)
-            rows.append((str(out), read_json(_record_path(out)) if old else run_notebook(nb, values, tell), not old))
+            rows.append((str(out), read_json(_record_path(out)) if old else run_notebook(nb, values, pass_on, placed(nb, known)), not old))
             if not old: _hand_over(rows)
     except PapermillExecutionError as e: return rows, f'{nb.name} stopped. ' + (short_message(e) or str(e))
     except Problem as e: return rows, str(e)
@@ -355,19 +387,23 @@ def run_seeds(model:str, # a file in params/
 
 def run_paper(model:str='tiny', # a file in params/
               seed:int=0,
-              seeds:int=1       # more than 1: this many, from 0 on, and what sums them up
+              seeds:int=1,      # more than 1: this many, from 0 on, and what sums them up
+              verbose:bool=False # also list every file
     ) -> int:                   # exit code
     "Run what is not up to date among the numbered notebooks, and say what was made."
     from rlsft_nb.core import ParamError, Problem, load_params
+    from rlsft_nb.report import closing
     try:
         if seeds < 1 or seeds > 1 and seed: raise ParamError(f'seed={seed}, seeds={seeds}: give a seed, or a number of seeds, which are counted from 0')
         load_params(model)
         rows, failed = run_seeds(model, seeds) if seeds > 1 else ([], '')
     except Problem as e: return _refuse(e)
     if not failed: rows, failed = run_numbered(dict(model=model, seed=seed) | (dict(seeds=seeds) if seeds > 1 else {}), earlier=rows)
-    if rows: print(made_table(rows))
+    ends = [] if failed else closing(model)
+    if rows and (verbose or failed or not ends): print(made_table(rows))
     which = f'seed {seed}' if seeds == 1 else f'seeds 0 to {seeds - 1}'
     if not any(ran for *_, ran in rows) and not failed: print(f'Everything is up to date for model {model}, {which}.')
+    print(*ends, sep='\n', end='\n'*bool(ends))
     if failed: print(failed, file=sys.stderr)
     return 1 if failed else 0
 
@@ -435,19 +471,34 @@ def refresh(names:list # notebooks such as 'core'; all where empty
         nbformat.write(nb, p)
         nbdev_clean(str(p))
 
+# %% ../nbs/paper.ipynb #63aac88c
+def publish_runs(model:str) -> int: # exit code
+    "Publish one's own records of a model, and how long its notebooks took."
+    from rlsft_nb.core import Problem, cpu, figures_dir, load_params, write_json
+    from rlsft_nb.records import publish
+    try: load_params(model); done = publish(model)
+    except Problem as e: return _refuse(e)
+    if known := known_seconds(model): write_json(figures_dir(model)/'seconds.json', dict(cpu=cpu(), notebooks=known))
+    print(*(f'{what}: {name}' for what in ('new', 'changed') for name in done[what]), sep='\n')
+    print(*(f'not published: {name}: {why}' for name, why in done['refused'].items()), sep='\n', end='\n'*bool(done['refused']))
+    print(f"{len(done['new'])} new, {len(done['changed'])} changed, {len(done['same'])} as they were, {len(done['refused'])} refused.")
+    return 1 if done['refused'] else 0
+
 # %% ../nbs/paper.ipynb #45ff9255
 @click.command()
-@click.argument('task', type=click.Choice(['run', 'readme', 'refresh', 'drift']), default='run')
+@click.argument('task', type=click.Choice(['run', 'publish', 'readme', 'refresh', 'drift']), default='run')
 @click.argument('names', nargs=-1)
 @click.option('--model', default='tiny', show_default=True, help='a file in params/')
 @click.option('--seed', default=0, show_default=True)
 @click.option('--seeds', default=1, show_default=True, help='how many, from 0 on, side by side, with a summary')
-def main(task, names, model, seed, seeds):
-    "Run the numbered notebooks; or make README.md; or refresh stored outputs; or look for drift."
+@click.option('-v', '--verbose', is_flag=True, help='also list every file that was made')
+def main(task, names, model, seed, seeds, verbose):
+    "Run the numbered notebooks; or publish what they made; or make README.md; or refresh stored outputs; or look for drift."
     from rlsft_nb.core import Problem, repository
     try: repository()
     except Problem as e: sys.exit(_refuse(e))
-    if task == 'run': sys.exit(run_paper(model, seed, seeds))
+    if task == 'run': sys.exit(run_paper(model, seed, seeds, verbose))
+    if task == 'publish': sys.exit(publish_runs(model))
     if task == 'readme': write_readme()
     if task == 'refresh': refresh(names)
     changed = drift() if task == 'drift' else []

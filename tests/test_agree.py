@@ -1,0 +1,60 @@
+"A run made here beside the published one, and how `make paper` ends."
+import copy
+from rlsft_nb.agree import agreement, beside, inside, lines, main
+from rlsft_nb.claims import load_claims
+from rlsft_nb.core import load_params, write_json
+from rlsft_nb.paper import known_seconds, left, numbered, placed, publish_runs
+from rlsft_nb.records import records_dir
+from rlsft_nb.report import closing
+from test_claims import fake, save
+
+TINY = load_params('tiny')
+
+def keep(records, seed=0):
+    for name, r in records.items(): write_json(records_dir(TINY)/f'{name}-seed{seed}.json', r)
+
+def test_a_number_is_inside_its_published_interval_or_equal_to_three_digits():
+    there = dict(value=.2, lo=.1, hi=.3)
+    assert [inside(dict(value=v), there) for v in (.1, .3, .0999, .31)] == [True, True, False, False]
+    assert [inside(dict(value=v), dict(value=12.34, lo=None)) for v in (12.31, 12.36)] == [True, False]
+    assert beside(dict(id='a', claim='', each=[dict(seed=0, verdict='not run', why='')]), dict(each=[dict(seed=0, value=1, verdict='holds')])) == []
+
+def test_the_same_run_agrees_and_another_does_not(tmp_path, capsys):
+    save(fake(), tmp_path); keep(fake())
+    same = agreement(TINY)
+    assert same['agrees'] and same['n'] == same['inside'] > 30 and same['differ'] == [] and same['seeds'] == [0]
+    assert main([]) == 0 and 'Agrees with the published seed 0' in capsys.readouterr().out
+    other = copy.deepcopy(fake())
+    points = other['fig2']['curve']['points']
+    curve = other['fig1-sft']['scores']
+    curve['end'], curve['peak'] = curve['peak'], curve['end'] # OOD accuracy rises
+    keep(other)
+    found = agreement(TINY)
+    assert not found['agrees'] and points and any(r['id'] == 'ood-falls' and (r['verdict'], r['published'], r['inside']) == ('fails', 'holds', False) for r in found['differ'])
+    assert main([]) == 1 and 'ood-falls (seed 0): fails, published holds; the number lies outside' in capsys.readouterr().out
+
+def test_nothing_to_compare(tmp_path, capsys):
+    save(fake(), tmp_path)
+    assert agreement(TINY)['agrees'] is None and main([]) == 1 and 'nothing to compare' in capsys.readouterr().out
+
+def test_how_a_run_ends(tmp_path):
+    assert closing('tiny') == []
+    save(fake(), tmp_path); keep(fake())
+    said = closing('tiny')
+    assert said[1].startswith('Seed 0 made here. 58 claims: ') and said[-1] == f"Page: {tmp_path/'runs'/'tiny'/'report.html'}" and (tmp_path/'runs'/'tiny'/'report.html').is_file()
+    assert len(load_claims()['headline']) == 6 == len([l for l in said if l.startswith('  ')]) and any(l.startswith('Agrees with the published seed 0') for l in said)
+    assert any('OOD accuracy peaks early in SFT' in l and 'points' in l for l in said)
+
+def test_the_time_that_is_left(tmp_path):
+    assert known_seconds('tiny') == {} and placed(numbered()[0], {})('x') == f'notebook 1 of {len(numbered())}  00_game  x'
+    write_json(tmp_path/'figures'/'tiny'/'seconds.json', dict(notebooks={n.stem: 60. for n in numbered()}))
+    write_json(tmp_path/'runs'/'tiny'/'02_sft-seed1.json', dict(seconds=600., files={}))
+    known = known_seconds('tiny')
+    assert known['02_sft'] == 600 and known['03_ppo'] == 60 and left(['02_sft', '03_ppo'], known, 300) == ', about 6 min left'
+    assert left(['02_sft', '03_ppo'], known, 10**6) == ', about 1 min left' and left(['02_sft', 'unknown'], known, 0) == ''
+
+def test_publishing_from_the_command(tmp_path, capsys):
+    keep(dict(fig2=fake()['fig2']))
+    assert publish_runs('tiny') == 0 and (tmp_path/'figures'/'tiny'/'fig2-seed0.json').is_file()
+    assert capsys.readouterr().out.splitlines() == ['new: fig2-seed0.json', '1 new, 0 changed, 0 as they were, 0 refused.']
+    assert publish_runs('nothing') == 1 and "model='nothing' has no file in params/" in capsys.readouterr().err
