@@ -22,7 +22,8 @@ from transformers import TrainerCallback
 from . import compare, comparison, edits, game, matrices, ppo, sft, surgery
 from .commands import parser, run
 from .core import load_params, threads, write_json
-from .models import ModelError, generate_ids, load_lm, stop_ids, save_lm
+from .generation import ModelError, generate_ids, stop_ids
+from .models import load_lm, save_lm
 from .solver import forget
 
 # %% ../nbs/bench.ipynb #839a7ff9

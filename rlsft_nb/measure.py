@@ -21,7 +21,8 @@ from . import comparison, edits, matrices, ppo, sft, surgery
 from .core import Problem, process_pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, threads, yaml_mapping
 from .records import save_record
 from .game import Verdict
-from .models import EMBEDDED, model_class, arithmetic, device, generate_ids, load_lm, save_lm
+from .generation import Player, generate_ids
+from .models import EMBEDDED, model_class, arithmetic, device, load_lm, save_lm
 from .plan import GIB, H100, STAGES, with_keys, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds, width
 
 # %% ../nbs/measure.ipynb #506e44fd
@@ -134,7 +135,7 @@ def _decoding(cfg, hands:int, answer) -> dict: # `answer` of a model, a tokenize
 
 def rollout(cfg) -> dict:
     "Answers to the last prompts of long hands."
-    return _decoding(cfg, cfg.ppo.episodes, lambda lm, tok, asked: ppo.Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature)(asked))
+    return _decoding(cfg, cfg.ppo.episodes, lambda lm, tok, asked: Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature)(asked))
 
 def scoring(cfg) -> dict:
     "The same by `generate`, greedy."

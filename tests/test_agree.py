@@ -1,6 +1,6 @@
 "A run made here beside the published one, and how `make paper` ends."
 import copy
-from rlsft_nb.agree import agreement, beside, inside, lines, main
+from rlsft_nb.agree import agreement, beside, inside, main
 from rlsft_nb.claims import load_claims
 from rlsft_nb.core import load_params, write_json
 from rlsft_nb.paper import known_seconds, left, numbered, placed, publish_runs

@@ -3,7 +3,8 @@ import math, random, time
 import pytest, torch
 from rlsft_nb.core import load_params
 from rlsft_nb.game import answer, hands, prompt, solve, values, verify
-from rlsft_nb.models import encode, load_lm, stop_ids
+from rlsft_nb.generation import encode, stop_ids
+from rlsft_nb.models import load_lm
 from rlsft_nb import compare
 from rlsft_nb.compare import *
 from rlsft_nb.ppo import Trace, accelerator, rl_hands, rl_stage, setup, tail_ids

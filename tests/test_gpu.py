@@ -2,10 +2,11 @@
 import pytest, torch
 from accelerate.state import AcceleratorState, PartialState
 from pretend import GPU, HERE, moved
-from rlsft_nb import core, ppo
+from rlsft_nb import core, generation, ppo
 from rlsft_nb.core import load_params
 from rlsft_nb.game import hands, prompt
-from rlsft_nb.models import encode, generate_ids, load_lm
+from rlsft_nb.generation import encode, generate_ids
+from rlsft_nb.models import load_lm
 from rlsft_nb.sft import answer_loss
 
 def test_the_pretence_refuses_what_a_gpu_refuses():
@@ -23,7 +24,7 @@ def asked(tok, n): return encode(tok, [prompt(h, '10') for h in hands('test', '1
 
 def test_rollouts():
     lm, tok = load_lm('tiny')
-    play = lambda: ppo.Player(lm, tok, 31, 1., 3)(asked(tok, 6))
+    play = lambda: generation.Player(lm, tok, 31, 1., 3)(asked(tok, 6))
     here = play()
     with GPU() as g: moved(lm); there = play()
     assert here == there and len({tuple(x) for x in here}) == 6 and 'multinomial' in g.ran

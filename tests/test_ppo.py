@@ -7,8 +7,9 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 from rlsft_nb.core import ParamError, load_params, read_json
 from rlsft_nb.game import Verdict, answer, feedback_turn, hands, multisets, prompt, solve, values, verify
-from rlsft_nb.models import ModelError, clusters, encode, generate_ids, load_lm, stop_ids
-from rlsft_nb import ppo
+from rlsft_nb.generation import ModelError, encode, generate_ids, stop_ids
+from rlsft_nb.models import clusters, load_lm
+from rlsft_nb import generation, ppo
 from rlsft_nb.ppo import *
 
 torch.set_num_threads(1)
@@ -315,9 +316,9 @@ def test_hybrids_are_refused(tiny):
 
 def test_a_wrong_mask_is_noticed_before_a_hand_is_played(tiny, monkeypatch):
     "As it was: true and false added to the scores of eager attention."
-    tok, right = tiny[1], ppo.sight
+    tok = tiny[1]
     wrong = lambda lm, at, width: torch.arange(width) <= at[:, None, :, None]
-    monkeypatch.setattr(ppo, 'sight', wrong)
+    monkeypatch.setattr(generation, 'sight', wrong)
     with pytest.raises(ModelError, match='LlamaForCausalLM .*its logits are then off by'): Player(model_of('llama', tok), tok, 4, 1.)
     Player(model_of('llama', tok, 'sdpa'), tok, 4, 1.)
 
@@ -613,7 +614,7 @@ import faulthandler, json, sys, torch
 faulthandler.dump_traceback_later(150) # where it hangs, if it hangs
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
-from rlsft_nb import ppo
+from rlsft_nb import generation, ppo
 from rlsft_nb.core import load_params
 from test_ppo import Scripted
 torch.set_num_threads(1)

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from rlsft_nb import ppo, vllm
 from rlsft_nb.core import ParamError, load_params
 from rlsft_nb.game import hands, prompt
-from rlsft_nb.models import encode, generate_ids, load_lm, save_lm, stop_ids
+from rlsft_nb.generation import encode, generate_ids, stop_ids
+from rlsft_nb.models import load_lm, save_lm
 from rlsft_nb.ppo import attach, rollout, train_ppo
 from rlsft_nb.vllm import NAMES, Shown, VLLMPlayer, drawn, engine, lacks
 from test_ppo import PPO, same, weights
