@@ -37,7 +37,7 @@ def find_gguf(package:str # an installed Python package that carries one GGUF fi
     if len(found) != 1: raise ModelError(f'model.path={package!r}: expected one .gguf file in the package, found {len(found)}')
     return found[0]
 
-def locate(model:str, # a file in params/ (goes first), one of its shipped checkpoints such as 'tiny:peak', a folder, a .gguf file, or a Hub id such as 'Qwen/Qwen2.5-7B-Instruct'
+def locate(model:str, # a file in params/ (goes first), one of its shipped checkpoints such as 'tiny:peak', a folder, a .gguf file, or a Hub id such as 'Qwen/Qwen2.5-7B-Instruct', with '@revision' where another than the newest is meant
            cfg=None   # resolved parameters of `model`; read from params/ where None
     ) -> tuple:       # (folder or Hub id, revision or None, gguf file name or None)
     "Where the weights of `model` are."
@@ -47,7 +47,8 @@ def locate(model:str, # a file in params/ (goes first), one of its shipped check
     if ':' in model and model.split(':')[0] in models(): return str(shipped(model)), None, None
     if '/' in model:
         if model.count('/') > 1 or model.startswith(('/', '.', '~')): raise ModelError(f'model={model!r}: no such folder or file')
-        return model, None, None
+        name, _, revision = model.partition('@')
+        return name, revision or None, None
     m = (cfg if cfg and named else load_params(model)).model
     if m.source == 'hub': return m.path, m.revision or None, None
     if m.source == 'gguf': return locate(str(find_gguf(m.path)))
@@ -127,7 +128,8 @@ def converted(path:Path # a .gguf file
 def load_lm(model:str,      # see `locate`
             cfg=None,       # resolved parameters of `model`
             device='cpu',   # a torch device
-            dtype='float32' # name of a torch dtype
+            dtype='float32',# name of a torch dtype
+            chat=True       # whether its tokenizer must have a chat template
     ) -> tuple:             # (lm in eval mode, tok padding on the left)
     "A language model and its tokenizer, from wherever they are."
     where, revision, gguf = locate(model, cfg)
@@ -138,7 +140,7 @@ def load_lm(model:str,      # see `locate`
         lm, info = model_class(config, where).from_pretrained(where, dtype=getattr(torch, dtype), output_loading_info=True, **more)
         tok = AutoTokenizer.from_pretrained(where, padding_side='left', **more)
     if info['missing_keys']: raise ModelError(f"cannot load {where}: {len(info['missing_keys'])} tensors are missing, such as {sorted(info['missing_keys'])[0]}")
-    if not tok.chat_template: raise ModelError(f'cannot load {where}: its tokenizer has no chat template')
+    if chat and not tok.chat_template: raise ModelError(f'cannot load {where}: its tokenizer has no chat template')
     check_finite(lm, where)
     tok.pad_token = tok.pad_token or tok.eos_token
     return lm.eval().to(device), tok
