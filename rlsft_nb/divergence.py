@@ -15,13 +15,15 @@ from torch import Tensor
 
 from .core import DiskError, Problem, progress
 
-# %% ../nbs/divergence.ipynb #c69b8212
+# %% ../nbs/divergence.ipynb #be9ba241
 def _kl(a, b) -> Tensor: # (n, V) log-probabilities -> (n,)
     "KL of the first to the second."
     d, p = torch.where(a == b, 0., a - b), a.exp()
-    near = p*(d + torch.expm1(-d.clamp(-1, 1)))
-    far = torch.where(p == 0, b.exp(), p*d + b.exp() - p)
-    return torch.where(d.abs() < 1, near, far).sum(-1)
+    out = p*d + b.exp().sub_(p) # p (d - 1) + q
+    near, none = d.abs() < 1, p == 0
+    d.clamp_(-1, 1)
+    torch.where(near, (-d).expm1_().add_(d).mul_(p), out, out=out)
+    return torch.where(none, b.exp(), out, out=out).sum(-1)
 
 def divergences(z0:Tensor, z:Tensor, # (n, V) logits of base and tuned
                 y:Tensor             # (n,) int64, the tokens that follow
@@ -85,9 +87,9 @@ def let_go(self:Parts):
     "Frees the body; `logits` still works."
     self.body.to('meta')
 
-# %% ../nbs/divergence.ipynb #09712dc8
-ELEMENTS = 2**22 # logits of one model that are held at once
-BYTES = 96       # peak memory for each of them: two models' logits in fp32, their distributions and terms in fp64
+# %% ../nbs/divergence.ipynb #16bc3936
+ELEMENTS = 2**21 # logits of one model that are held at once
+BYTES = 200      # memory for each of them at the peak: two models' logits in fp32, distributions and terms in fp64, and what the allocator keeps
 
 def chunk_of(vocabulary:int) -> int: # positions at once
     "How many positions of logits are made at a time."
