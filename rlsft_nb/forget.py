@@ -72,11 +72,13 @@ def tokenizer_of(ck:Checkpoint):
     if ck.base: return load_tok(str(ck.home), chat=False) if (ck.home/'tokenizer_config.json').is_file() else tokenizer_of(ck.base)
     return load_tok(_where(ck), chat=False)
 
-# %% ../nbs/forget.ipynb #0ec1412a
+# %% ../nbs/forget.ipynb #1cba97a3
 def _same_words(a:Checkpoint, ta, b:Checkpoint, tb):
     "Raises unless two tokenizers have the same tokens under the same numbers."
     x, y = (set(t.get_vocab().items()) for t in (ta, tb))
     if x != y: raise ParamError(f'{b.source}: its tokenizer has {len(y):,} tokens and that of {a.source} {len(x):,}, {len(x ^ y):,} of them under another number or absent from one; KL between two models needs one vocabulary')
+    rows = [c['head'].shape[0] if c.tied or 'head' in c.matrices else 0 for c in (a, b)]
+    if 0 not in rows and rows[0] != rows[1]: raise ParamError(f'{b.source}: gives {rows[1]:,} logits and {a.source} {rows[0]:,}; KL between two models needs one vocabulary')
 
 def _tokenizer(cs) -> tuple: # tok, the source of its chat template
     "The one tokenizer of all checkpoints."
@@ -195,7 +197,7 @@ def weight_numbers(seen:dict, # from `updates`
         out[f'{kind}_rank'] = row(_typical([r[kind] for r in moved]), len(moved), 'directions', f'How many directions the typical update has ({what}).')
     return out | dict(unchanged=row(same, len(rows), 'share of entries', 'Entries that are the same in bf16.'))
 
-# %% ../nbs/forget.ipynb #bc1a7980
+# %% ../nbs/forget.ipynb #b8f4021d
 def _read(file, most, default) -> Texts:
     t = read_texts(file) if isinstance(file, (str, Path)) and str(file) else file or default()
     return Texts(t.name, dict(t.about), spread(t.docs, most))
@@ -216,8 +218,8 @@ def _scores(command, cs, folder) -> list: # one a checkpoint; None without a com
     return out
 
 def _memory(cs, tok, pieces) -> dict:
-    words, width = len(tok), max((c[n].shape[1] for c in cs[:1] for n in ('embed', 'head') if n in c.matrices), default=0)
-    words = max([words, *(c[n].shape[0] for c in cs[:1] for n in ('embed', 'head') if n in c.matrices)])
+    ends = [cs[0][n].shape for n in ('embed', 'head') if n in cs[0].matrices]
+    words, width = max([len(tok), *(m for m, _ in ends)]), max((n for _, n in ends), default=0)
     n = sum(l != -100 for t in pieces.values() for _, ls in t['pieces'] for l in ls)
     return dict(vocabulary=words, positions_at_once=chunk_of(words), logits_bytes=BYTES*words*chunk_of(words), model_bytes=4*max((c.base or c).size for c in cs), disk_bytes=4*n*width,
                 says='one model in fp32, the head of the base, the hidden states of one piece, and logits_bytes, whatever the length of the texts')

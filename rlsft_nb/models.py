@@ -93,7 +93,7 @@ def _told(where):
 
 def model_class(config, where):
     kinds = config.architectures or ['LlamaForCausalLM'][:config.model_type == 'llama'] # a GGUF file names only the model type
-    if any(k.endswith('ForCausalLM') for k in kinds): return AutoModelForCausalLM
+    if any(k.endswith(('ForCausalLM', 'LMHeadModel')) for k in kinds): return AutoModelForCausalLM
     if any(k.endswith('ForConditionalGeneration') for k in kinds) and getattr(config, 'text_config', None): return AutoModelForImageTextToText
     raise ModelError(f'cannot load {where}: architectures={kinds}, expected a causal language model')
 
