@@ -6,22 +6,22 @@
 __all__ = ['FEWEST', 'DRAWS', 'CONTEXT', 'KEPT', 'WHERE', 'resampled', 'grouped', 'loaded', 'tokenizer_of', 'text_numbers',
            'measure_update', 'updates', 'weight_numbers', 'forget']
 
-# %% ../nbs/forget.ipynb #ea94d68a
+# %% ../nbs/forget.ipynb #4b0549f6
 import hashlib, json, tempfile
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np
 
 from .chain import describe_update, shares, update_of
 from .chance import lead
-from .comparison import affordable, chosen, compare, free_bytes, map_sized, median_interval, opened, read_exact
+from .comparison import affordable, compare, free_bytes, map_sized, median_interval, opened, read_exact
 from .core import ParamError, Problem, make_dir, own_device, read_json, runs_root, write_json
 from .divergence import BYTES, COLUMNS, HiddenStates, Parts, chunk_of, measure_texts
 from .matrices import decompose
 from .models import load_lm, load_tok
 from .surgery import made_by, scored_by
 from .texts import Texts, encoded, game_texts, old_texts, read_texts, spread
-from .weights import Checkpoint, CheckpointError, MatrixError, open_checkpoint, safe_name
+from .weights import Checkpoint, CheckpointError, MatrixError, safe_name
 
 # %% ../nbs/forget.ipynb #e844fd02
 FEWEST, DRAWS = 5, 2000 # groups for an interval; bootstrap draws
