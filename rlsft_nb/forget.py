@@ -224,7 +224,7 @@ def _memory(cs, tok, pieces) -> dict:
     return dict(vocabulary=words, positions_at_once=chunk_of(words), logits_bytes=BYTES*words*chunk_of(words), model_bytes=4*max((c.base or c).size for c in cs), disk_bytes=4*n*width,
                 says='one model in fp32, the head of the base, the hidden states of one piece, and logits_bytes, whatever the length of the texts')
 
-# %% ../nbs/forget.ipynb #c7dc632f
+# %% ../nbs/forget.ipynb #f78e487a
 def forget(base,             # anything that `open_weights` takes, and transformers loads
            tuned:list,       # one or more of these
            new='', old='',   # .txt or .jsonl files, or `Texts`; where empty the game, and the book or the base's own corpus
@@ -237,9 +237,10 @@ def forget(base,             # anything that `open_weights` takes, and transform
            out=None          # folder for what is kept; runs/forget where None
     ) -> dict:               # base, texts, template, memory, settings, cards: source, numbers, sums, score, opened; ready for JSON
     "The card of each tuned model beside its base."
-    tuned, folder = [tuned] if isinstance(tuned, (str, Path)) else list(tuned), make_dir(out or runs_root()/'forget')
+    tuned = [tuned] if isinstance(tuned, (str, Path)) else list(tuned)
     if not tuned: raise ParamError('tuned=[]: expected one tuned model or more')
     if most < 1: raise ParamError(f'most={most}: expected at least one document')
+    folder = make_dir(out or runs_root()/'forget')
     cs = opened([base, *tuned], [*revisions, *['']*(1 + len(tuned))][:1 + len(tuned)], below)
     texts = dict(new=_read(new, most, lambda: game_texts(base)), old=_read(old, most, lambda: old_texts(base)))
     tok, template = _tokenizer(cs)

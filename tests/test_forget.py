@@ -279,9 +279,9 @@ def test_old_text_follows_the_params_file(tmp_path, monkeypatch):
 def test_a_second_card_loads_nothing(tmp_path, monkeypatch):
     _, _, base, tuned = pair(tmp_path)
     first = forget(base, tuned, DOCS, DOCS, **SMALL)
-    monkeypatch.setattr(room, 'loaded', lambda *a: pytest.fail('a model was loaded'))
-    assert forget(base, tuned, DOCS, DOCS, **SMALL) == first
-    monkeypatch.undo()
+    with monkeypatch.context() as m:
+        m.setattr(room, 'loaded', lambda *a: pytest.fail('a model was loaded'))
+        assert forget(base, tuned, DOCS, DOCS, **SMALL) == first
     other = Texts('other', {}, DOCS.docs[:5] + [dict(text='something else')])
     assert forget(base, tuned, other, DOCS, **SMALL)['cards'][0]['numbers']['new_loss'] != first['cards'][0]['numbers']['new_loss']
 
