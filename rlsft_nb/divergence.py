@@ -35,7 +35,7 @@ def divergences(z0:Tensor, z:Tensor, # (n, V) logits of base and tuned
 
 COLUMNS = ('forward', 'reverse', 'loss_before', 'loss_after', 'changed') # KL base to tuned, tuned to base; -log p of the text; another likeliest token
 
-# %% ../nbs/divergence.ipynb #ac8f0e37
+# %% ../nbs/divergence.ipynb #813f8fc0
 class CutError(Problem, ValueError): "A model whose logits do not follow from its last hidden state alone."
 
 class Parts:
@@ -57,14 +57,16 @@ class Parts:
         finally: hook.remove()
         return seen[-1][0]
 
-    @torch.no_grad()
-    def logits(self, h:Tensor # (n, d) from `hidden`
-        ) -> Tensor:          # (n, V) float32
-        "What the model makes of hidden states."
-        own, given = self.body.forward, self.kind(last_hidden_state=h[None].to(self.device))
-        self.body.forward = lambda *_, **__: given
-        try: return self.lm(input_ids=torch.zeros(1, len(h), dtype=torch.long, device=self.device), use_cache=False).logits[0].float()
-        finally: self.body.forward = own
+# %% ../nbs/divergence.ipynb #2679e8b1
+@patch
+@torch.no_grad()
+def logits(self:Parts, h:Tensor # (n, d) from `hidden`
+    ) -> Tensor:                # (n, V) float32
+    "What the model makes of hidden states."
+    own, given = self.body.forward, self.kind(last_hidden_state=h[None].to(self.device))
+    self.body.forward = lambda *_, **__: given
+    try: return self.lm(input_ids=torch.zeros(1, len(h), dtype=torch.long, device=self.device), use_cache=False).logits[0].float()
+    finally: self.body.forward = own
 
 # %% ../nbs/divergence.ipynb #84b2f964
 @patch
@@ -87,7 +89,7 @@ def let_go(self:Parts):
     "Frees the body; `logits` still works."
     self.body.to('meta')
 
-# %% ../nbs/divergence.ipynb #16bc3936
+# %% ../nbs/divergence.ipynb #dc007030
 ELEMENTS = 2**21 # logits of one model that are held at once
 BYTES = 200      # memory for each of them at the peak: two models' logits in fp32, distributions and terms in fp64, and what the allocator keeps
 
@@ -101,6 +103,7 @@ def chunk_bytes(vocabulary:int) -> int:
 
 def _counted(labels) -> list: return [i for i, l in enumerate(labels) if l != -100]
 
+# %% ../nbs/divergence.ipynb #3705327f
 class HiddenStates:
     "The base's hidden states at the counted positions of texts, on the disk."
     def __init__(self, base:Parts, texts:list, # of (ids, labels), lists of int

@@ -44,7 +44,7 @@ def grouped(sums, groups:list # (n, c); n names
     np.add.at(out, of, sums)
     return out
 
-# %% ../nbs/forget.ipynb #852e83a0
+# %% ../nbs/forget.ipynb #6b2bed87
 def _adapt(lm, ck):
     "Puts the updates of an adapter into its loaded base."
     if ck.unwritable: raise CheckpointError(f'{ck.unwritable}; merge it (merge_and_unload) and save the model')
@@ -54,6 +54,7 @@ def _adapt(lm, ck):
         if n not in own or own[n].shape != W.shape: raise CheckpointError(f'{ck.source}: {n} is packed otherwise in the loaded base; merge the adapter (merge_and_unload) and save the model')
         own[n].data.copy_(W)
 
+# %% ../nbs/forget.ipynb #91bac395
 def _where(ck) -> str: # what transformers loads
     if ck.home.joinpath('config.json').is_file() and Path(ck.source).is_file() and ck.source.endswith('.safetensors'): return str(ck.home)
     return f'{ck.source}@{ck.revision}' if ck.revision and '@' not in ck.source else ck.source
@@ -123,7 +124,7 @@ def _sums(cs, pieces, folder) -> list: # one (pieces, 6) array a tuned model
             for n, (i, f) in enumerate(todo, 1): write_json(f, measure_texts(base, Parts(loaded(cs[i + 1], own_device())), every, f'texts, tuned {n} of {len(todo)}'))
     return [np.array(read_json(f)) for f in files]
 
-# %% ../nbs/forget.ipynb #e708ba1d
+# %% ../nbs/forget.ipynb #82a7ad2d
 def _number(value, interval, n, over, unit, means, **more) -> dict:
     return dict(value=None if value is None else float(value), lo=interval[0], hi=interval[1], n=n, over=over, unit=unit, means=means, **more)
 
@@ -133,6 +134,7 @@ def _sign(q, more, less) -> str: # what a change beyond its interval is called
 
 WHERE = dict(new='the new task', old='old text')
 
+# %% ../nbs/forget.ipynb #9cfe59cc
 def text_numbers(name:str, # new or old
                  sums,     # (groups, 6) tokens, then sums of `COLUMNS`
     ) -> dict:             # name of a quantity -> value, lo, hi, n, over, unit, means
@@ -197,7 +199,7 @@ def weight_numbers(seen:dict, # from `updates`
         out[f'{kind}_rank'] = row(_typical([r[kind] for r in moved]), len(moved), 'directions', f'How many directions the typical update has ({what}).')
     return out | dict(unchanged=row(same, len(rows), 'share of entries', 'Entries that are the same in bf16.'))
 
-# %% ../nbs/forget.ipynb #b8f4021d
+# %% ../nbs/forget.ipynb #537f4731
 def _read(file, most, default) -> Texts:
     t = read_texts(file) if isinstance(file, (str, Path)) and str(file) else file or default()
     return Texts(t.name, dict(t.about), spread(t.docs, most))
@@ -206,6 +208,7 @@ def _described(t, p) -> dict: # of a text in the record
     counted = sum(l != -100 for _, ls in p['pieces'] for l in ls)
     return dict(name=t.name, about=t.about, sha256=t.sha256, documents=len(t.docs), groups=len(set(p['groups'])), without_tokens=p['empty'], tokens=sum(len(i) for i, _ in p['pieces']), counted=counted)
 
+# %% ../nbs/forget.ipynb #1179ac19
 def _scores(command, cs, folder) -> list: # one a checkpoint; None without a command
     "What a command says of each checkpoint."
     if not command: return [None]*len(cs)
@@ -224,7 +227,7 @@ def _memory(cs, tok, pieces) -> dict:
     return dict(vocabulary=words, positions_at_once=chunk_of(words), logits_bytes=BYTES*words*chunk_of(words), model_bytes=4*max((c.base or c).size for c in cs), disk_bytes=4*n*width,
                 says='one model in fp32, the head of the base, the hidden states of one piece, and logits_bytes, whatever the length of the texts')
 
-# %% ../nbs/forget.ipynb #f78e487a
+# %% ../nbs/forget.ipynb #799ae471
 def forget(base,             # anything that `open_weights` takes, and transformers loads
            tuned:list,       # one or more of these
            new='', old='',   # .txt or .jsonl files, or `Texts`; where empty the game, and the book or the base's own corpus
@@ -250,6 +253,7 @@ def forget(base,             # anything that `open_weights` takes, and transform
     return dict(base=cs[0].source, texts={n: _described(t, pieces[n]) for n, t in texts.items()}, template=template, memory=_memory(cs, tok, pieces), settings=dict(most=most, context=_context(cs), matrices=matrices, draws=draws, seed=seed, score=score, intervals='95 %, bootstrap over groups of documents and over matrices; medians by order statistics'),
                 opened=cs[0].summary(), cards=cards)
 
+# %% ../nbs/forget.ipynb #a293929b
 def _card(a, b, pieces, sums, score, matrices, draws, seed, workers, folder) -> dict:
     "One tuned model."
     numbers, by, at = {}, {}, 0

@@ -96,7 +96,7 @@ def fig_card(found:dict # from `forget`
     fig.suptitle(f"Beside {Path(found['base']).name}: 95 % intervals over documents (words) and matrices (weights)", fontsize=11)
     return fig
 
-# %% ../nbs/forget_page.ipynb #3c72294a
+# %% ../nbs/forget_page.ipynb #10b915ce
 WORDS = {'KL': 'How much a next-token distribution differs from another one: 0 where they are the same, in nats a token.',
          'loss': 'Nats that the model spends on a token of a text; the exponential is its perplexity.',
          'new task, old text': 'Text that the tuned model was tuned for, and text of what the base could do before.',
@@ -115,6 +115,7 @@ def _meanings(card) -> str:
     rows = [f"<dt>{e(l)}: {e(told(q))}</dt><dd>{e(q['means'])} n = {q['n']} {e(q['over'])}.</dd>" for l, q in numbers]
     return f"<dl>{''.join(rows)}</dl>"
 
+# %% ../nbs/forget_page.ipynb #7a6f0389
 def card_page(found:dict # from `forget`
     ) -> str:            # HTML
     "The card as one page."

@@ -192,6 +192,12 @@ def test_an_adapter_whose_base_is_given(tmp_path):
     m = lora(tmp_path/'m', packed, {'model.layers.1.block_sparse_moe.experts.2.w1': ab(48, 32)})
     with pytest.raises(CheckpointError, match=r'packed otherwise in the loaded base; merge the adapter \(merge_and_unload\)'): forget(packed, m, DOCS, DOCS, **SMALL)
 
+def test_a_revision_reaches_transformers(tmp_path):
+    from types import SimpleNamespace
+    from rlsft_nb.models import locate
+    hub = lambda source, revision: locate(room._where(SimpleNamespace(home=tmp_path, source=source, revision=revision)))[:2]
+    assert hub('owner/name', '') == ('owner/name', None) and hub('owner/name', 'v1') == hub('owner/name@v1', '') == hub('owner/name@v1', 'v1') == ('owner/name', 'v1')
+
 # what is refused
 
 def test_another_vocabulary_is_refused(tmp_path):
