@@ -53,6 +53,22 @@ def _compare(p):
                    help='processes (default: half the cores); each takes about 130 bytes for each element of its matrix and 0.5 GiB for the libraries. Large matrices go to GPUs, where there are some; under torchrun or accelerate launch (on CPUs with --multi_gpu) every rank takes its share')
     _shared(p)
 
+def _forget(p):
+    p.add_argument('base', metavar='BASE', help='the model before: folder, adapter, .gguf file, Hub id (owner/name or owner/name@revision), or a file in params/')
+    p.add_argument('tuned', metavar='TUNED', nargs='+', help='one tuned model or more, each beside the base; its tokenizer must be that of the base')
+    p.add_argument('--new', metavar='FILE', default='', help="text of the new task: .txt, or .jsonl with 'text', 'prompt' and 'completion', or 'messages' (default: the 24-point game)")
+    p.add_argument('--old', metavar='FILE', default='', help='text of what the base could do before, likewise (default: chapters of a book; for the embedded model its own corpus)')
+    p.add_argument('--score', metavar='COMMAND', default='', help="command line that gets a checkpoint's folder, or its Hub id, and prints a number last; of the base and of each tuned model")
+    p.add_argument('--out', metavar='FILE', default='', help='write the card as one HTML page')
+    p.add_argument('--texts', type=_count, default=200, help='documents of each text, taken evenly over the file (default: 200)')
+    p.add_argument('--matrices', metavar='PATTERN', default='*', help="weights that are measured, such as 'layers.0.*,head' (default: all)")
+    p.add_argument('--revision', metavar='REV', action='append', default=[], help='of a Hub id; once for each Hub id, in their order')
+    p.add_argument('--below', metavar='MODEL', default='', help='base of adapters, in place of the one they name')
+    p.add_argument('--draws', type=int, default=5, help='updates drawn from chance for each matrix (default: 5)')
+    p.add_argument('--seed', type=int, default=0, help='of chance')
+    p.add_argument('--workers', type=_count, default=1, help='processes for the weights (default: 1)')
+    _shared(p)
+
 _MODES = ('directions', 'rotate', 'coded', 'values', 'swap', 'blend', 'denoise', 'intruders', 'trim', 'interpolate', 'random_rotation', 'random_change')
 _STRENGTHS = '0,0.1,0.25,0.5,0.75,1'
 
@@ -144,9 +160,10 @@ def _game(p):
     do.add_parser('export', add_help=False, help='write hands as a dataset')
 
 # %% ../nbs/commands.ipynb #c88ac77d
-OPTIONS = dict(compare=_compare, restore=_restore, sweep=_sweep, game=_game, report=_report, agree=_agree, plan=_plan, bench=_bench)
+OPTIONS = dict(compare=_compare, forget=_forget, restore=_restore, sweep=_sweep, game=_game, report=_report, agree=_agree, plan=_plan, bench=_bench)
 COMMANDS = { # what follows `rlsft` -> (what it does, its function)
     'compare': ('what rotated between two checkpoints or more, how far, and how far beyond chance', 'comparison_page.main'),
+    'forget': ('the card of a tuned model: what it forgot, how far its words and weights moved', 'forget_page.main'),
     'restore': ('write a checkpoint with old directions put back into a new one', 'surgery.main'),
     'sweep': ('score a row of edits, each beside what moves as far', 'surgery.main_sweep'),
     'game': ('the card game: solve, verify, prompt, export', 'cli.game'),

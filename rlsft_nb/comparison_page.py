@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OKABE', 'GUIDE', 'RANGE', 'COLUMNS', 'GLOSSARY', 'SAYS', 'CHAIN_WORDS', 'positions', 'draw_values', 'draw_principal',
            'draw_vectors', 'guide_legend', 'panel_grid', 'long_side', 'fig_pair', 'fig_overview', 'left_out',
-           'headline', 'how_much', 'where', 'notes', 'page', 'write_report', 'fig_chain', 'write_chain_report',
-           'chain_left', 'revisions', 'brief', 'main']
+           'headline', 'how_much', 'where', 'html_table', 'html_image', 'html_page', 'notes', 'html_list', 'page',
+           'png_bytes', 'write_report', 'fig_chain', 'write_chain_report', 'chain_left', 'revisions', 'brief', 'main']
 
 # %% ../nbs/comparison_page.ipynb #19e0ddd7
 from pathlib import Path
@@ -218,15 +218,26 @@ dt{font-weight:600}dd{margin:0 0 .5rem 1rem}@media print{body{max-width:none;fon
 
 def _told(v) -> str: return '' if v is None else f'{v:.3g}' if isinstance(v, float) else html.escape(str(v))
 
-def _table(rows, columns, most=300) -> str:
+def html_table(rows:list,    # of dicts
+               columns:dict, # key -> heading
+               most=300      # rows
+    ) -> str:
+    "A table that scrolls by itself."
     body = ''.join('<tr>' + ''.join(f'<td>{_told(r.get(c))}</td>' for c in columns) + '</tr>' for r in rows[:most])
     more = f'<p>{len(rows) - most} more are in the Parquet file.</p>' if len(rows) > most else ''
     return f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in columns.values())}</tr>{body}</table></div>{more}'
 
-def _image(name, png, says) -> str:
+def html_image(png:bytes, says:str # what stands below, and is read out
+    ) -> str:
+    "A picture inside the page."
     return f'<figure class="wide" style="margin:1rem 0"><img alt="{html.escape(says)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure><p class="from">{html.escape(says)}</p>'
 
-def _document(title, sources, first, parts, words=GLOSSARY) -> str:
+def html_page(title:str,
+              sources:dict, # name -> what was compared
+              first:list,   # lines that answer what is asked
+              parts:list,   # HTML
+              words=GLOSSARY
+    ) -> str:
     "One page: title, what was compared, the first lines, the rest."
     e = html.escape
     lines, glossary = ''.join(f'<li>{e(x)}</li>' for x in first if x), ''.join(f'<dt>{e(k)}</dt><dd>{e(v)}</dd>' for k, v in words.items())
@@ -246,7 +257,9 @@ def notes(opened:list # summaries of checkpoints, in order
         out += [f"{x}: {n}." for n in o['notes']] + [f"{x}: {l['tensors']} tensors with {l['parameters']/max(o['parameters'], 1):.2%} of the parameters are no matrices ({l['why']}); they are only compared value by value." for l in o['left_out']]
     return out
 
-def _list(title, items) -> str: return f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in items)}</ul>" if items else ''
+def html_list(title:str, items:list) -> str:
+    "Lines under a heading; nothing where there are none."
+    return f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in items)}</ul>" if items else ''
 
 SAYS = dict(overview='Every matrix of the layers: red turned (left) or changed its strengths (right) further than chance, blue less far; a dot where that is outside the 95 % interval.',
             matrices='The matrices furthest beyond chance. Coloured: measured. Grey: what chance gives. Black dashes: directions that have nothing to do with each other.')
@@ -259,8 +272,8 @@ def page(found:dict,  # from `compare`
     ends = [f"Embedding and head of {k.upper()}: mean cosine of a token's two rows {v['cosine']:.3f} (chance ±{2*v['cosine_by_chance']:.3f}); leading directions {v['angle']:.1f}° apart (chance {v['angle_by_chance']:.1f}°)." for k, v in found['ends'].items()]
     how = [f"Chance: {s['null']}, {s['draws']} draws for each matrix, seed {s['seed']}."] + notes(list(found.get('opened', {}).values()))
     first = [headline(found).split(' Left out: ')[0], how_much(found), where(found), left_out(found) or 'Nothing was left out.']
-    parts = [_image(n, png, SAYS[n]) for n, png in figures.items()] + ['<h2>Every matrix</h2>', _table(rows, COLUMNS), _list('Embedding and head', ends), _list('How it was measured', how)]
-    return _document('Are these checkpoints different?', dict(A=found['a'], B=found['b']), first, parts)
+    parts = [html_image(png, SAYS[n]) for n, png in figures.items()] + ['<h2>Every matrix</h2>', html_table(rows, COLUMNS), html_list('Embedding and head', ends), html_list('How it was measured', how)]
+    return html_page('Are these checkpoints different?', dict(A=found['a'], B=found['b']), first, parts)
 
 def _rows(found) -> list:
     "Rows of the page's table, those furthest beyond chance first where they are too many."
@@ -273,8 +286,9 @@ def _rows(found) -> list:
     return rows if len(rows) <= 300 else sorted(rows, key=lambda r: -r.get('lead_ratio', 0))
 
 # %% ../nbs/comparison_page.ipynb #4c8b9777
-def _png(fig) -> bytes:
-    "A figure as bytes, the same for the same data."
+def png_bytes(fig # a matplotlib figure, closed afterwards
+    ) -> bytes:
+    "A figure as PNG, the same for the same data."
     import matplotlib.pyplot as plt
     fig.savefig(buf := io.BytesIO(), format='png', dpi=110, bbox_inches='tight', metadata=dict(Software=None))
     plt.close(fig)
@@ -297,8 +311,8 @@ def write_report(found:dict, # from `compare`
     from rlsft_nb.comparison import summary
     out, label, turned = Path(out), 'B against A', {n: r for n, r in found['matrices'].items() if 'verdicts' in r}
     drawn = sorted(turned, key=lambda n: -turned[n]['verdicts']['lead']['ratio'])[:8]
-    figures = dict(overview=_png(fig_overview({label: found}, 'Against chance'))) if any(r['layer'] >= 0 for r in found['matrices'].values()) else {}
-    if drawn: figures['matrices'] = _png(fig_pair({label: found}, [n for n in turned if n in drawn], f'The {len(drawn)} matrices furthest beyond chance'))
+    figures = dict(overview=png_bytes(fig_overview({label: found}, 'Against chance'))) if any(r['layer'] >= 0 for r in found['matrices'].values()) else {}
+    if drawn: figures['matrices'] = png_bytes(fig_pair({label: found}, [n for n in turned if n in drawn], f'The {len(drawn)} matrices furthest beyond chance'))
     files = {**_tabular('spectra', summary(found)), **{f'{n}.png': b for n, b in figures.items()}, 'report.html': page(found, figures)}
     return [write_json(out/'spectra.json', found)] + [atomic_write(out/n, b) for n, b in files.items()]
 
@@ -345,12 +359,12 @@ def write_chain_report(found:dict, # from `compare_chain`
     "Records, table, figures and the one-file report of a chain."
     from rlsft_nb.chain import chain_sentence, chain_summary
     out, rows, n = Path(out), chain_summary(found), len(found['points'])
-    figures = {f'chain-{i + 1}' if n > 3 else 'chain': _png(fig_chain(found, i)) for i in range(n - 2) if found['overall'][i]}
+    figures = {f'chain-{i + 1}' if n > 3 else 'chain': png_bytes(fig_chain(found, i)) for i in range(n - 2) if found['overall'][i]}
     first = [chain_sentence(found, i) for i in range(n - 2)] + [chain_left(found) or 'Nothing was left out.']
     s = found['settings']
     how = [f"{s['draws']} shuffles and up to {s['draws']} other matrices of the same shape for each matrix, seed {s['seed']}. Updates are numbered in order."] + notes(found['opened'])
-    parts = [_image(k, b, 'Each dot is a matrix. Grey bars: 95 % of shuffled updates; grey dashes: updates of other matrices of the same shape.') for k, b in figures.items()]
-    text = _document('Does each update follow the one before?', {'ABCDEFGHIJ'[i] if i < 10 else str(i): p for i, p in enumerate(found['points'])}, first, parts + ['<h2>Every matrix</h2>', _table(rows, _chain_columns(n)), _list('How it was measured', how)], CHAIN_WORDS)
+    parts = [html_image(b, 'Each dot is a matrix. Grey bars: 95 % of shuffled updates; grey dashes: updates of other matrices of the same shape.') for b in figures.values()]
+    text = html_page('Does each update follow the one before?', {'ABCDEFGHIJ'[i] if i < 10 else str(i): p for i, p in enumerate(found['points'])}, first, parts + ['<h2>Every matrix</h2>', html_table(rows, _chain_columns(n)), html_list('How it was measured', how)], CHAIN_WORDS)
     files = {**_tabular('chain', rows), **{f'{k}.png': b for k, b in figures.items()}, 'report.html': text}
     return [write_json(out/'chain.json', found)] + [atomic_write(out/k, b) for k, b in files.items()]
 

@@ -197,7 +197,7 @@ HAND = ['--cards', '3 3 8 8']
 
 @pytest.mark.parametrize('words, message', [
     (['compar', 'a', 'b'], "ParamError: rlsft has no command 'compar'; did you mean 'compare'?"),
-    (['xyz'], 'ParamError: rlsft has no command \'xyz\'; known: compare, restore, sweep, game, report, plan, bench'),
+    (['xyz'], 'ParamError: rlsft has no command \'xyz\'; known: compare, forget, restore, sweep, game, report, plan, bench'),
     (['--versoin'], "ParamError: rlsft has no command '--versoin'"),
     (['game'], 'rlsft game: the following arguments are required: COMMAND'),
     (['game', 'slove', '1'], "rlsft game: argument COMMAND: 'slove' is not known; did you mean 'solve'?"),
@@ -214,6 +214,7 @@ HAND = ['--cards', '3 3 8 8']
     (['bench', 'gmae'], "rlsft bench: argument name: 'gmae' is not known; did you mean 'game'?"),
     (['compare', 'a'], 'rlsft compare: the following arguments are required: '),
     (['compare', 'a', 'b', '--drws', '1'], "rlsft compare: '--drws' is not known; did you mean '--draws'?"),
+    (['forget', 'a'], 'rlsft forget: the following arguments are required: TUNED'), (['forget', 'a', 'b', '--texts', '0'], 'rlsft forget: argument --texts: 0: expected at least 1'), (['forget', 'a', 'b', '--odl', 'x'], "rlsft forget: '--odl' is not known; did you mean '--old'?"),
     (['restore', '--target', 'a', '--reference', 'b', '--out', 'c', '--mode', 'swop'], "rlsft restore: argument --mode: 'swop' is not known; did you mean 'swap'?")])
 def test_wrong_usage_is_one_line(words, message, capsys):
     from rlsft_nb.cli import main
@@ -227,14 +228,14 @@ def test_no_command_is_wrong_usage_and_help_is_none():
     assert (bare.returncode, bare.stdout, asked.returncode, asked.stderr) == (2, '', 0, '') and bare.stderr == asked.stdout
     assert rlsft('-h').stdout == asked.stdout and 'Exit codes: 0 done' in asked.stdout
 
-@pytest.mark.parametrize('words', [['--help'], *[[c, '--help'] for c in ('compare', 'restore', 'sweep', 'game', 'report', 'plan', 'bench')], ['game', 'solve', '--help'], ['game', 'slove'], ['compare', 'a']])
+@pytest.mark.parametrize('words', [['--help'], *[[c, '--help'] for c in ('compare', 'forget', 'restore', 'sweep', 'game', 'report', 'plan', 'bench')], ['game', 'solve', '--help'], ['game', 'slove'], ['compare', 'a']])
 def test_help_and_wrong_usage_load_nothing_heavy(words):
     code = f'import sys\nfrom rlsft_nb.cli import main\ntry: main({words})\nexcept SystemExit: pass\nprint(*{{"torch", "transformers", "scipy", "numpy", "matplotlib"}} & {{*sys.modules}}, file=sys.stderr)'
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
     assert r.returncode == 0 and r.stderr.splitlines()[-1] == '', r.stderr
     if words[-1] == '--help': assert r.stdout.startswith('usage: rlsft')
 
-@pytest.mark.parametrize('name', ['compare', 'restore', 'sweep', 'report', 'plan', 'bench'])
+@pytest.mark.parametrize('name', ['compare', 'forget', 'restore', 'sweep', 'report', 'plan', 'bench'])
 def test_help_is_that_of_the_room_that_does_the_work(name, capsys):
     from rlsft_nb.commands import COMMANDS, parser
     from rlsft_nb.core import named_function

@@ -500,7 +500,7 @@ def test_chain_ranks_and_unchanged():
     assert stable_rank(s) == pytest.approx(14/9) and effective_rank(s) == pytest.approx(math.exp(-sum(p*math.log(p) for p in (1/2, 1/3, 1/6))))
     W = randn(8, 6).bfloat16()
     X = W.clone(); X[:2] += 1
-    r = chain._step(X.double() - W.double(), W, X)
+    r = chain.describe_update(X.double() - W.double(), W, X)
     assert r['unchanged'] == r['unchanged_bf16'] == .75 and r['size'] == pytest.approx(float((X.double() - W.double()).norm()/W.double().norm()))
 
 def test_chain_of_models(tmp_path, capsys):

@@ -8,7 +8,7 @@ from rlsft_nb.core import INSTALLED, PACKAGE, ROOT, shipped
 
 PARTS = ('rlsft_nb', 'params', 'settings.ini', 'setup.py', 'MANIFEST.in', 'points24.py', 'README.md', 'LICENSE', 'constraints.txt')
 LIGHT = ('core', 'commands', 'cli', 'solver', 'answers', 'deals', 'tricks', 'game', 'models', 'weights', 'tiny', 'matrices', 'chance', 'comparison', 'comparison_page', 'chain',
-         'edits', 'surgery', 'spectra') # rooms of the game and the workbench
+         'edits', 'surgery', 'spectra', 'texts', 'divergence', 'forget', 'forget_page') # rooms of the game and the workbench
 
 def call(words, cwd, **env):
     "A command without this repository on its path, and without folders set for it."
