@@ -10,6 +10,7 @@ from rlsft_nb.game import Verdict, answer, feedback_turn, hands, multisets, prom
 from rlsft_nb.generation import ModelError, encode, generate_ids, stop_ids
 from rlsft_nb.models import clusters, load_lm
 from rlsft_nb import generation, ppo
+from rlsft_nb.generation import *
 from rlsft_nb.ppo import *
 
 torch.set_num_threads(1)
