@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BENCHES', 'DRESSES', 'SMOLLM2', 'WIDE', 'PAIRS', 'PAIRS_GPU', 'PEERS', 'LAYER', 'bench', 'seconds', 'timed',
            'brute_force', 'sample_answers', 'verify_before', 'verify_plain', 'second_opinion', 'opinion',
-           'random_formula', 'changed', 'tried', 'bench_game', 'bench_game_long', 'bench_sft', 'plain_restore',
-           'eight_ranks', 'eight_checkpoints', 'bench_restore', 'weight_pair', 'plain_angles', 'plain_pair', 'our_pair',
-           'gemm_rate', 'bench_shape', 'bench_spectra', 'smollm2_layer', 'bench_smollm2', 'peer', 'bench_peers',
-           'bench_ppo', 'main']
+           'random_formula', 'changed', 'tried', 'bench_game', 'bench_game_long', 'bench_sft', 'gemm_rate',
+           'plain_restore', 'eight_ranks', 'eight_checkpoints', 'bench_restore', 'weight_pair', 'plain_angles',
+           'our_pair', 'pair_seconds', 'bench_shape', 'bench_spectra', 'smollm2_layer', 'bench_smollm2', 'peer',
+           'bench_peers', 'bench_ppo', 'main']
 
 # %% ../nbs/bench.ipynb #c8531eb7
 import ast, importlib.util, json, math, os, random, re, shutil, statistics, subprocess, sys, tempfile, time
@@ -301,6 +301,21 @@ def bench_sft():
     return dict(rows=[('bare PyTorch loop, 64 rows a step', 64*steps/bare, 'rows/s'), ("TRL's SFTTrainer", 64*steps/trl, 'rows/s')],
                 ratios=dict(sft_over_bare=statistics.median(a/b for a, b in pairs)))
 
+# %% ../nbs/bench.ipynb #c7d3e5a9
+def gemm_rate(n:int=2048, device:str='cpu') -> float: # fp64 GFLOP/s, of one thread on the CPU
+    "How fast this machine multiplies."
+    A = torch.randn(n, n, dtype=torch.float64, device=device)
+    return 2*n**3/timed(dict(gemm=lambda: matrices._times(A, A)), 3, device)['gemm']/1e9
+
+def _flops(m, n) -> float: # Gram matrix, eigenvectors (4/3 tridiagonal form, 4/3 divide and conquer, 2 back), back-multiplication
+    m, n = max(m, n), min(m, n)
+    return m*n**2 + 14/3*n**3 + 2*m*n**2
+
+def _pair_flops(m, n) -> float: # decompositions, values of the update, cosines of the short side and of the long one, eight restorations in fp32 (half)
+    m, n = max(m, n), min(m, n)
+    far = 3*m*n**2 if m > n else 0 # what leaves the span
+    return 2*_flops(m, n) + m*n**2 + 4/3*n**3 + 2*n**3 + 2*m*n**2 + far + 2*m*n**2
+
 # %% ../nbs/bench.ipynb #6036426c
 def plain_restore(W, W0, k): # `svd_recover_dir.py:19-42`, without its early return
     "Directions restored in the plain way: everything anew for each k."
@@ -313,16 +328,18 @@ def _weights(shape, seed=0): # reference and target, a change of 0.3 %
     Z = torch.randn(shape, generator=rng)
     return W0 + .003*W0.norm()/Z.norm()*Z, W0
 
-def eight_ranks(shape) -> dict: # seconds: plain, ours, and ours where the decompositions are at hand
+def eight_ranks(shape,     # (m, n)
+                rate:float # GFLOP/s, from `gemm_rate`
+    ) -> dict:             # seconds: plain, ours, ours where the decompositions are at hand, and the least that the arithmetic allows
     "Directions restored at eight numbers of ranks; the two ways must agree."
-    W, W0 = _weights(shape)
-    ks, repeat, kept = [min(shape)*j//8 for j in range(1, 9)], 3 if max(shape) < 4000 else 1, {}
-    plain = 8*seconds(lambda: kept.update(plain=plain_restore(W, W0, ks[3])), repeat=repeat)
-    ours = seconds(lambda: kept.update(ours=dict(edits.restore_many(W, W0, ks))), repeat=repeat)
-    p = edits.pair(W, W0)
+    (W, W0), kept = _weights(shape), {}
+    p, ks = edits.pair(W, W0), [min(shape)*j//8 for j in range(1, 9)]
+    ways = dict(ours=lambda: kept.update(ours=dict(edits.restore_many(W, W0, ks))), at_hand=lambda: list(edits.update_many(p, ks)),
+                plain=lambda: kept.update(plain=plain_restore(W, W0, ks[3])))
+    took = timed(ways, 3 if max(shape) < 4000 else 1)
     worst = float((kept['ours'][ks[3]] - kept['plain']).norm()/kept['plain'].norm())
     if worst > 1e-4: raise RuntimeError(f'{shape}: ours and plain differ by {worst:.1e}')
-    return dict(plain=plain, ours=ours, at_hand=seconds(lambda: list(edits.update_many(p, ks)), repeat=repeat))
+    return took | dict(plain=8*took['plain'], least=(2*_flops(*shape) + 2*math.prod(shape)*p.rank)/1e9/rate) # an fp32 product counts half
 
 # %% ../nbs/bench.ipynb #3e1f5155
 SMOLLM2 = [(576, 576)]*2 + [(192, 576)]*2 + [(1536, 576)]*2 + [(576, 1536)] # q, o, k, v, gate, up, down of SmolLM2-135M
@@ -344,11 +361,13 @@ def eight_checkpoints() -> tuple: # seconds: eight passes, one pass
 @bench('restore')
 def bench_restore():
     "Directions restored at eight numbers of ranks, against decomposing anew for each."
-    with threads(1): found = {s: eight_ranks(s) for s in dict.fromkeys([*SMOLLM2, *WIDE])}
-    whole = {k: sum(found[s][k] for s in SMOLLM2) for k in ('plain', 'ours', 'at_hand')}
+    rate = gemm_rate()
+    found = {s: eight_ranks(s, rate) for s in dict.fromkeys([*SMOLLM2, *WIDE])}
+    whole = {k: sum(found[s][k] for s in SMOLLM2) for k in ('plain', 'ours', 'at_hand', 'least')}
     named = {f'{m}x{n}': t for (m, n), t in found.items()} | {'layer': whole}
-    rows = [(f'{name}: {what}', t[k], 's') for name, t in named.items()
+    rows = [(f'{name}: {what}', 1e3*t[k], 'ms') for name, t in named.items()
             for k, what in (('plain', 'plain, 8 ranks'), ('ours', 'ours with decompositions'), ('at_hand', 'ours, decompositions at hand'))]
+    rows += [(f'{name}: share of the multiplication limit', 100*t['least']/t['ours'], '%') for name, t in named.items()]
     with threads(1): each, once = eight_checkpoints()
     ratios = {f'restore_8_ranks_{name}': t['plain']/t['ours'] for name, t in named.items()}
     ratios |= {'restore_8_ranks_layer_at_hand': whole['plain']/whole['at_hand'], 'restore_8_checkpoints_in_one_pass': each/once}
@@ -374,27 +393,20 @@ def plain_angles(W, W0, k): # what raw_metrics_angle.py does for one matrix and 
         out += [torch.linalg.svdvals(B.mT @ A).clamp(-1, 1).acos(), (A @ A.mT - B @ B.mT).norm()]
     return out, s - s0, (U0.mT @ (W - W0) @ V0t.mT).diagonal()
 
-def plain_pair(W, W0, ks, ranks): # 4 and 8 numbers
-    "The whole diagnostic and all restorations in the plain way."
-    return [plain_angles(W, W0, k) for k in ks], [plain_restore(W, W0, k) for k in ranks]
-
-def our_pair(W, W0, ks, ranks):
+def our_pair(W, W0, ks, ranks): # 4 and 8 numbers
     "The same quantities, and more, from two decompositions."
     S, S0, D = matrices.decompose(W), matrices.decompose(W0), W.double() - W0.double()
     sides = matrices.overlaps(S, S0)
-    single = [matrices.Spectrum(*(x.float() for x in A)) for A in (S, S0)] # restored weights are not wanted beyond fp32
-    return comparison._values(S, S0, D, sides), comparison._angles(S, S0, D, ks, sides), list(edits.update_many(edits.Pair(W, W0, *single, W.dtype), ranks))
+    return comparison._values(S, S0, D, sides), comparison._angles(S, S0, D, ks, sides), list(edits.update_many(edits.Pair(W, W0, S, S0, W.dtype), ranks))
+
+def pair_seconds(W, W0, rounds:int=1, device:str='cpu') -> dict: # plain, ours
+    "Times of the whole diagnostic and all restorations."
+    p = min(W.shape)
+    ks, ranks = [p//8, p//4, p//2, 3*p//4], [p*j//8 for j in range(1, 9)]
+    t = timed(dict(ours=lambda: our_pair(W, W0, ks, ranks), angles=lambda: [plain_angles(W, W0, k) for k in ks], restored=lambda: plain_restore(W, W0, ranks[3])), rounds, device)
+    return dict(ours=t['ours'], plain=t['angles'] + len(ranks)*t['restored'])
 
 # %% ../nbs/bench.ipynb #ecdae09f
-def gemm_rate(n:int=2048, device:str='cpu') -> float: # fp64 GFLOP/s, of one thread on the CPU
-    "How fast this machine multiplies."
-    A = torch.randn(n, n, dtype=torch.float64, device=device)
-    return 2*n**3/timed(dict(gemm=lambda: matrices._times(A, A)), 3, device)['gemm']/1e9
-
-def _flops(m, n) -> float: # Gram matrix, eigenvectors (4/3 tridiagonal form, 4/3 divide and conquer, 2 back), back-multiplication
-    m, n = max(m, n), min(m, n)
-    return m*n**2 + 14/3*n**3 + 2*m*n**2
-
 def _accuracy(W) -> tuple: # ours and plain
     "Largest relative error of a singular value."
     ref = torch.linalg.svdvals(W.double())
@@ -404,16 +416,16 @@ def _accuracy(W) -> tuple: # ours and plain
 def bench_shape(name:str, m:int, n:int, rate:float, # GFLOP/s, from `gemm_rate`
                 rounds:int, device:str='cpu') -> dict:
     "One pair of matrices: a decomposition, the whole diagnostic, accuracy."
-    (W, W0), p, at = weight_pair(m, n, device), min(m, n), f'{name}, {m} x {n}'
-    args = W, W0, [p//8, p//4, p//2, 3*p//4], [p*j//8 for j in range(1, 9)]
+    (W, W0), at = weight_pair(m, n, device), f'{name}, {m} x {n}'
     G = matrices._gram(W.double() if m >= n else W.double().mT)
     one = timed(dict(plain=lambda: torch.linalg.svd(W, full_matrices=False), ours=lambda: matrices.decompose(W), values=lambda: matrices.singular_values(W),
                      evd=lambda: matrices._eigh(G.clone()), torch=lambda: torch.linalg.eigh(G)), 2*rounds, device)
-    both = timed(dict(ours=lambda: our_pair(*args), plain=lambda: plain_pair(*args)), rounds, device)
+    both = pair_seconds(W, W0, rounds, device)
     ours, plain = _accuracy(W)
     times = {'torch.linalg.svd fp32': one['plain'], 'ours, fp64': one['ours'], 'ours, values only': one['values'], 'eigenvectors alone, as used': one['evd'],
              'eigenvectors alone, torch.linalg.eigh': one['torch'], 'plain, 4 k and 8 restorations': both['plain'], 'ours, 4 k and 8 restorations': both['ours']}
     rows = [(what, 1e3*t, 'ms') for what, t in times.items()] + [('share of the multiplication limit', 100*_flops(m, n)/one['ours']/1e9/rate, '%'),
+            ('the same, 4 k and 8 restorations', 100*_pair_flops(m, n)/both['ours']/1e9/rate, '%'),
             ('largest error of a value, fp32', plain*1e12, 'e-12'), ('the same, ours', ours*1e12, 'e-12')]
     ratios = {f'svd_{name}': one['plain']/one['ours'], f'pair_{name}': both['plain']/both['ours']}
     return dict(rows=[(f'{at}: {what}', x, unit) for what, x, unit in rows], ratios=ratios)
@@ -450,9 +462,7 @@ def bench_smollm2() -> dict:
     layer, both = smollm2_layer(), dict(plain=0., ours=0.)
     if not layer: return dict(rows=[("SmolLM2-135M: left out, not installed (pip install -e '.[smollm2]')", 0, '')], ratios={})
     for W, W0 in layer.values():
-        p = min(W.shape)
-        args = W, W0, [p//8, p//4, p//2, 3*p//4], [p*j//8 for j in range(1, 9)]
-        for k, t in timed(dict(plain=lambda: plain_pair(*args), ours=lambda: our_pair(*args)), 1).items(): both[k] += t
+        for k, t in pair_seconds(W, W0).items(): both[k] += t
     return dict(rows=[(f'SmolLM2-135M, layer 0: {k}', 1e3*t, 'ms') for k, t in both.items()], ratios=dict(pair_smollm2=both['plain']/both['ours']))
 
 # %% ../nbs/bench.ipynb #d6a71124

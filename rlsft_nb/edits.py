@@ -305,13 +305,18 @@ def freedom(p:Pair) -> dict:
 
 # %% ../nbs/edits.ipynb #6e24febc
 def _cumulative(p, ks):
-    "(k, `directions` of the top k) for ascending `ks`; the matrix is the same one each time, in fp64."
+    "(k, `directions` of the top k) for ascending `ks`; the matrix is the same one each time, in the pair's dtype."
     now, lo = p.W.clone(), 0
     for k in ks:
         s = p.a.s[lo:k]
         now.addmm_(torch.cat([p.a0.U[:, lo:k]*s, -p.a.U[:, lo:k]*s], 1), torch.cat([p.a0.Vt[lo:k], p.a.Vt[lo:k]]))
         yield k, now
         lo = k
+
+def _as_stored(p): # decomposed in fp64 all the same
+    "The pair in fp32, unless the target is kept in more."
+    if p.dtype == torch.float64: return p
+    return Pair(p.W.float(), p.W0, *(Spectrum(*(X.float() for X in S)) for S in (p.a, p.a0)), p.dtype)
 
 def restore_many(W:Tensor,  # (m, n) float, weights after fine-tuning
                  W0:Tensor, # (m, n) reference weights
@@ -325,7 +330,7 @@ def update_many(p:Pair,  # from `pair`
     ):
     "`restore_many` where the decompositions are at hand."
     if list(ks) != sorted(ks) or not all(0 <= k <= p.rank for k in ks): raise ValueError(f'ks={list(ks)}: expected ascending numbers in 0..{p.rank}')
-    for k, M in _cumulative(p, ks): yield k, M.to(p.dtype, copy=True)
+    for k, M in _cumulative(_as_stored(p), ks): yield k, M.to(p.dtype, copy=True)
 
 # %% ../nbs/edits.ipynb #2dbf2bf0
 def edits(p:Pair,   # from `pair`

@@ -142,6 +142,19 @@ def test_many_ranks_are_each_as_alone(pair, ks):
     ks = sorted(min(k, p.rank) for k in ks)
     for k, M in edits.restore_many(*pair, ks): close(M, edits.restore_directions(*pair, k))
 
+@pytest.mark.parametrize('kind, moved', [('float32', 1.), ('bfloat16', .01)])
+@pytest.mark.parametrize('shape', [(60, 60), (40, 90), (90, 40)])
+def test_products_are_no_finer_than_what_is_kept(shape, kind, moved):
+    rng, kind = torch.Generator().manual_seed(0), getattr(torch, kind)
+    W0 = torch.randn(shape, generator=rng)*torch.randn(shape[1], generator=rng).exp()
+    pair = (W0 + .01*torch.randn(shape, generator=rng)).to(kind), W0.to(kind)
+    for k, M in edits.restore_many(*pair, [0, 5, 20, 40]):
+        want = edits.restore_directions(*pair, k)
+        assert M.dtype == kind and (k or torch.equal(M, pair[0]))
+        assert float((M != want).double().mean()) <= moved # where both would be rounded, hardly any entry falls to the other side
+        assert float((M.double() - want.double()).abs().max()) <= 4*torch.finfo(kind).eps*float(want.abs().max())
+    assert kind != torch.float32 or not torch.equal(M, want) # in fp64 every entry would be the same
+
 @few
 @given(matrices(), spans, st.sampled_from(EXACT))
 def test_the_record(pair, ks, mode):
