@@ -340,6 +340,6 @@ def test_figure_shows_every_group():
     matplotlib.use('agg')
     found = made_up('below', 'beyond')
     fig = T.fig_theory(json.loads(json.dumps(found)), 'a title')
-    assert [ax.get_title() for ax in fig.axes if ax.axison][3:] == ['SFT', 'RL'] and len(fig.axes) == 6
-    dots = [l.get_ydata() for l in fig.axes[3].lines if l.get_color() == T.LOOK['gauge'][0]]
+    assert [ax.get_title(loc='left') for ax in fig.axes if ax.axison][3:] == ['SFT', 'RL'] and len(fig.axes) == 6
+    dots = [l.get_ydata() for l in fig.axes[3].lines if l.get_color() == T.PART['gauge'][0]]
     assert [list(y) for y in dots] == [[.5, .5]]*3
