@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help paper report publish bundle test lab install
+.PHONY: help paper report figures publish bundle test lab install
 
 MODEL ?= tiny
 SEED ?= 0
@@ -15,6 +15,7 @@ help:
 	@echo "make paper [MODEL=tiny] SEEDS=5     the same for seeds 0 to 4 side by side, and what sums them up"
 	@echo "make report [MODEL=tiny]            one HTML page of what was made: claims, figures, provenance"
 	@echo "make publish [MODEL=tiny]           copy the figures and records that were made here to figures/"
+	@echo "make figures [MODEL=tiny]           draw the published figures again, from their records"
 	@echo "make bundle MODEL=smollm2           one folder for a machine without a network, in parts"
 	@echo "make lab                            open the notebooks in JupyterLab"
 	@echo "make test                           run the notebooks' lessons, the tests and the checks"
@@ -27,6 +28,9 @@ report: $(READY)
 
 publish: $(READY)
 	@$(BIN)/python -m rlsft_nb.paper publish --model $(MODEL)
+
+figures: $(READY)
+	@$(BIN)/python -m rlsft_nb.gallery --model $(MODEL)
 
 bundle: $(READY)
 	@$(BIN)/python -m rlsft_nb.bundle pack $(MODEL) --out bundle-$(MODEL)

@@ -10,6 +10,7 @@ __all__ = ['GROUP', 'MICRO', 'ARMS', 'expert_trace', 'sft_rows', 'only_correct',
 from pathlib import Path
 
 from .core import Stage, map_items, mcnemar, progress, run_stage, threads
+from .drawing import BLACK, CELL, GREY, INTERVALS, PALE, accuracy_axis, caption, drawn, legend, panels, percent, rates
 from .game import answer, prompt, reward_func, solve, values, verify
 from .generation import encode, stop_ids
 from .models import device, load_lm, save_lm, score
@@ -140,18 +141,23 @@ def compare_stage(cfg, seed:int=0) -> Stage:
     return run_stage(st, fn, cfg)
 
 # %% ../nbs/compare.ipynb #3fd76f7c
+@drawn
 def fig_compare(result:dict, # results of `compare_stage`
                 title:str):
     "First-attempt accuracy of every arm."
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
-    for ax, cell, c in zip(axes, ('OOD', 'ID'), ('C3', 'C0')):
-        r = [v['scores'][cell]['first'] for v in result['arms'].values()]
-        x, start = [v['rate'] for v in r], result['start'][cell]['first']
-        ax.barh(range(len(r)), x, .6, color=c, xerr=[[v['rate'] - v['lo'] for v in r], [v['hi'] - v['rate'] for v in r]], capsize=3)
-        ax.axvline(start['rate'], color='.3', lw=1); ax.axvspan(start['lo'], start['hi'], color='.3', alpha=.12, lw=0)
-        ax.set(title=f"{cell}, first attempt, n = {result['start'][cell]['n']:,}", xlim=(0, None), xlabel='success rate')
-    axes[0].set_yticks(range(len(r)), [ARMS[a] for a in result['arms']]); axes[0].invert_yaxis(); fig.suptitle(title, y=1.02)
+    arms, start = result['arms'], result['start']
+    fig, [axes] = panels(1, 2, 5.5, 3.6, sharey=True)
+    for ax, cell in zip(axes, ('OOD', 'ID')):
+        r, s = [v['scores'][cell]['first'] for v in arms.values()], start[cell]['first']
+        ax.axvspan(100*s['lo'], 100*s['hi'], color=PALE, lw=0); ax.axvline(100*s['rate'], color=GREY, label='where all start')
+        ax.barh(range(len(r)), [100*v['rate'] for v in r], .6, color=CELL[cell])
+        rates(ax, range(len(r)), r, BLACK, marker='', ls='', across=True)
+        accuracy_axis(ax, f'{cell} accuracy, first answer (%)', across=True)
+    axes[0].set_yticks(range(len(arms)), [ARMS[a] for a in arms]); axes[0].invert_yaxis()
+    legend(fig)
+    s = start['OOD']['first']
+    clear = [ARMS[a] for a, v in arms.items() if v['scores']['OOD']['first']['lo'] > s['hi']]
+    caption(fig, f"OOD {percent(s['rate'])} at the start: {' and '.join(clear) or 'no arm'} ends with an interval above that of the start", f"{title}; n = {start['ID']['n']:,} hands a cell; {INTERVALS}")
     return fig
 
 # %% ../nbs/compare.ipynb #374427ca

@@ -18,7 +18,8 @@ from .plan import with_keys
 from .edits import MODES
 from .recovery import contests
 from .restoration import first_rates
-from .restoration_figures import LOOK, cell_points, reference_lines, shared_legend
+from .drawing import INTERVALS, PALE, accuracy_axis, caption, drawn, legend, panels, percent
+from .restoration_figures import LOOK, cell_points, reference_lines
 from .workbench import score_cell, workbench
 from .sft import curve_stage
 from .comparison import measure, open_weights
@@ -106,22 +107,25 @@ def table(record:dict # of `Explorer.record`
     return '<table>' + row('th', HEAD) + ''.join(row('td', _cells(i, t)) for i, t in enumerate(record['tries'], 1)) + '</table>'
 
 # %% ../nbs/08_explore.ipynb #274c85a2
+@drawn
 def fig_tries(record:dict, # of `Explorer.record`
               title:str):
     "Accuracy of every try, and of what stood beside it, over the distance moved."
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    fig, [axes] = panels(1, 2, 5.8, 4)
     far = max([1., *(t[side]['moved'] for t in record['tries'] for side in ('edit', 'beside'))])
     for ax, c in zip(axes, ('OOD', 'ID')):
         reference_lines(ax, record, c)
         for i, t in enumerate(record['tries'], 1):
             a, b = t['edit'], t['beside']
-            ax.plot([100*x['moved'] for x in (a, b)], [100*x[c]['rate'] for x in (a, b)], color='.8', lw=.8, zorder=0)
+            ax.plot([100*x['moved'] for x in (a, b)], [100*x[c]['rate'] for x in (a, b)], color=PALE, lw=1, zorder=0)
             for x in (a, b): cell_points(ax, [100*x['moved']], [x], c, x['mode'], ls='')
-            ax.annotate(f' {i}', (100*a['moved'], 100*a[c]['rate']), fontsize=8)
-        ax.set(xlim=(0, 110*far), xlabel='distance moved, % of the way to the reference', ylabel=f"{c} accuracy, % (n = {record['hands']}, validation hands)")
-    fig.suptitle(title)
-    shared_legend(fig)
+            ax.annotate(f' {i}', (100*a['moved'], 100*a[c]['rate']))
+        ax.set(xlim=(0, 110*far), xlabel='distance moved (% of the way to the reference)')
+        accuracy_axis(ax, f'{c} accuracy (%)')
+    legend(fig)
+    best = max(record['tries'], key=lambda t: t['edit']['OOD']['rate'], default=None)
+    said = f"most OOD: {best['edit']['name']}, {percent(best['edit']['OOD']['rate'])}" if best else 'no try yet'
+    caption(fig, f"{len(record['tries'])} tries, {said}", f"{title}; n = {record['hands']} validation hands a cell; {INTERVALS}")
     return fig
 
 # %% ../nbs/08_explore.ipynb #931d7acf

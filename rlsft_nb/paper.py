@@ -449,8 +449,8 @@ def _thumbnail(png:str # base64
     "A smaller picture in few colours, the same for the same data."
     from PIL import Image # comes with matplotlib
     im = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB')
-    im.thumbnail((640, 2000))
-    im.quantize(24, dither=Image.Dither.NONE).save(out := io.BytesIO(), 'png', optimize=True)
+    im.thumbnail((800, 2000))
+    im.quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out := io.BytesIO(), 'png', optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
 def refresh(names:list # notebooks such as 'core'; all where empty

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .core import ParamError, Problem, Stage, tell_runner, atomic_write, map_items, mcnemar, read_json, run_stage, threads, write_json
+from .drawing import CELL, GREY, INTERVALS, accuracy_axis, caption, drawn, legend, panels, rates
 from .game import OUTCOMES, deal, feedback_turn, multisets, prompt, verify
 from .launch import freeze_idle, gathered, keep_fp32, options, resolved, run_on_many, tell
 from .generation import MISFITS, ModelError, Player, apart, at_rest, encode, error_line, stop_ids, tolerance
@@ -637,21 +638,28 @@ AUTHORS = { # Llama, OOD in % by SFT step: before RL, after RL
     600: (11.54, 13.25), 700: (10.26, 14.10), 800: (5.98, 9.40), 900: (5.13, 12.39), 1000: (5.98, 11.54), 1100: (6.92, 16.24),
     1200: (4.70, 4.70), 1300: (9.40, 6.84), 1400: (7.69, 3.66), 1500: (8.55, 4.12), 1600: (6.84, 4.70)}
 
+# %% ../nbs/03_ppo.ipynb #9bf2aec3
+def _draw_sweep(ax, points, cell):
+    "One cell, before and after RL."
+    x = [p['step'] for p in points]
+    for when, color, ls in (('before', GREY, '--'), ('after', CELL[cell], '-')): rates(ax, x, [p[when][cell]['first'] for p in points], color, f'{when} RL' if when == 'before' else f'after RL, {cell}', ls=ls)
+    ax.set(title=f'{cell}, first answer', xlabel='SFT step where RL starts')
+    accuracy_axis(ax, f'{cell} accuracy (%)')
+
+@drawn
 def fig_sweep(sweep:dict, # results of `sweep_stage`
               title:str):
     "Accuracy before and after RL by starting step."
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.8))
-    x = [p['step'] for p in sweep['points']]
-    for ax, cell in zip(axes, ('OOD', 'ID')):
-        for when, c in (('before', '.4'), ('after', 'C3' if cell == 'OOD' else 'C0')):
-            r = [p[when][cell]['first'] for p in sweep['points']]
-            y = [v['rate'] for v in r]
-            ax.errorbar(x, y, [[v['rate'] - v['lo'] for v in r], [v['hi'] - v['rate'] for v in r]], color=c, marker='o', capsize=3, label=f'{when} RL')
-        ax.set(title=f"{cell}, first attempt, n = {sweep['points'][0]['before'][cell]['n']:,}", xlabel='SFT step where RL starts', ylim=(0, None)); ax.legend(fontsize=8)
-    for i, (label, c) in enumerate((('before RL', '.4'), ('after RL', 'C3'))): axes[2].plot(list(AUTHORS), [v[i]/100 for v in AUTHORS.values()], color=c, marker='.', label=label)
-    axes[2].set(title='OOD within five, Llama-3.2-11B, n = 234\n(read off the authors\' figure)', xlabel='SFT step where RL starts', ylim=(0, None)); axes[2].legend(fontsize=8)
-    fig.suptitle(title, y=1.06)
+    points = sweep['points']
+    fig, [axes] = panels(1, 3, 4.4, 3.6)
+    for ax, cell in zip(axes, ('OOD', 'ID')): _draw_sweep(ax, points, cell)
+    for i, color, ls in ((0, GREY, '--'), (1, CELL['OOD'], '-')): axes[2].plot(list(AUTHORS), [v[i] for v in AUTHORS.values()], color=color, ls=ls, marker='.')
+    axes[2].set(title='The paper: Llama-3.2-11B, n = 234', xlabel='SFT step where RL starts')
+    accuracy_axis(axes[2], 'OOD within five (%)')
+    legend(fig)
+    gains = [p['after']['OOD']['first']['rate'] - p['before']['OOD']['first']['rate'] for p in points]
+    caption(fig, f'OOD changes by {100*min(gains):+.1f} to {100*max(gains):+.1f} points with RL, from {len(gains)} starts'.replace('-', '−'),
+            f"{title}; n = {points[0]['before']['OOD']['n']:,} hands a cell; {INTERVALS}; the third panel is read off the authors' figure and counts all five answers")
     return fig
 
 # %% ../nbs/03_ppo.ipynb #26e78985

@@ -19,11 +19,12 @@ from fastcore.basics import AttrDict
 
 from .core import Stage, map_items, mean_spread, read_json, run_stage
 from .records import save_record
+from .drawing import CELL, GREY, caption, drawn, panels, percent
 from .edits import MODES, PLACES, Pair, band, describe, edit, edit64, freedom, pair, parse_ranks, restore_directions, restore_many, restore_values, update_many
 from .models import clusters
 from .recovery import contest_row, contests, holm, judge_cost, judge_share, judge_values, judge_wins, recovery, share_row, span, two_digits
 from .restoration import WHICH, cell_name, grid, layer_groups, outline, play_cells, summary, within_all
-from .restoration_figures import LOOK, fig_distance, fig_layers, fig_ranks, of_ranks, way_table
+from .restoration_figures import LOOK, edit_words, fig_distance, fig_layers, fig_ranks, of_ranks, way_table
 from .sft import curve_stage, decides, kept, named, sft_stage
 from . import ppo
 from .surgery import Exists, choose, main, parse_layers, plan, restore, restore_all, sweep
@@ -189,21 +190,26 @@ def seeds_table(rows:list, r) -> list: # rows of `verdict_table`
     return out
 
 # %% ../nbs/05_restore.ipynb #ba06673b
+def _draw_seeds(ax, told, cell):
+    "Each seed, and the mean of all, of every edit."
+    for y, (name, m) in enumerate(told.items()):
+        if cell not in m: continue
+        half = 0 if m[cell]['lo'] is None else 100*(m[cell]['mean'] - m[cell]['lo'])
+        ax.plot([100*v for v in m[cell]['each']], [y]*len(m[cell]['each']), '|', color=GREY, ms=9)
+        ax.errorbar(100*m[cell]['mean'], y, xerr=half, fmt='o', color=CELL[cell])
+    for x in (0, 100): ax.axvline(x, color=GREY, lw=1)
+    ax.set(xlabel=f'{cell}: what comes back (%)', xlim=(-130, 220))
+
+@drawn
 def fig_seeds(rows:list, title:str):
     "What comes back, by cell: each seed, and the mean with its 95 % interval."
-    import matplotlib.pyplot as plt
     told = seeds_cells(rows) | seeds_cells(rows, 'unrelated')
-    fig, axes = plt.subplots(1, 2, figsize=(10, 1 + .26*len(told)), sharey=True, layout='constrained')
-    for ax, c in zip(axes, ('OOD', 'ID')):
-        for y, m in enumerate(told.values()):
-            if c not in m: continue
-            ax.plot(m[c]['each'], [y]*len(rows), '|', color='.6', ms=7)
-            half = 0 if m[c]['lo'] is None else m[c]['mean'] - m[c]['lo']
-            ax.errorbar(m[c]['mean'], y, xerr=half, fmt='o', color='C3' if c == 'OOD' else 'C0', ms=4, capsize=2)
-        ax.axvline(0, color='.7', lw=.8); ax.axvline(1, color='.7', lw=.8)
-        ax.set(xlabel=f'{c}: share of the loss that comes back', xlim=(-1.2, 2.2))
-    axes[0].set_yticks(range(len(told)), [n.removeprefix('peak/') for n in told], fontsize=7); axes[0].invert_yaxis()
-    fig.suptitle(title)
+    fig, [axes] = panels(1, 2, 6, 1 + .3*len(told), sharey=True)
+    for ax, cell in zip(axes, ('OOD', 'ID')): _draw_seeds(ax, told, cell)
+    axes[0].set_yticks(range(len(told)), [edit_words(n) if n.startswith('peak/') else f"another seed's {n.split('/')[0].split('-')[1]}: {edit_words(n)}" for n in told]); axes[0].invert_yaxis()
+    share = told.get('peak/directions-all-20%', next(iter(told.values()))).get('OOD')
+    said = f"The top 20 % of ranks bring back {percent(share['mean'])} of what OOD lost; mean of {len(rows)} seeds" if share and 'peak/directions-all-20%' in told else f'What comes back, over {len(rows)} seeds'
+    caption(fig, said, f"{title}; tick: a seed; point and bar: mean and 95 % interval; n = {rows[0]['n']:,} hands a cell")
     return fig
 
 # %% ../nbs/05_restore.ipynb #38a388cb

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTION', 'GAME', 'READ', 'MAKE', 'CHAT', 'SPECIAL', 'cuts', 'phrases', 'make_tokenizer', 'known_multisets',
            'deal_as', 'Corpus', 'encode_chat', 'batches', 'new_model', 'rate', 'pretrain', 'main', 'free_form',
-           'knowledge', 'corpus_sha', 'pack']
+           'knowledge', 'corpus_sha', 'pack', 'fig_base']
 
 # %% ../nbs/tiny.ipynb #0b771948
 import hashlib, math, os, random, re, sys, time
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from .commands import Parser
 from .core import cluster_interval, progress, provenance, read_json, sha256_file, write_json
+from .drawing import BLACK, BLUE, GREY, INTERVALS, accuracy_axis, caption, drawn, panels, percent, rates
 from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, face_values, hands, multisets, solve, values, verify
 from .generation import generate
 from .models import load_lm, save_lm
@@ -266,3 +267,20 @@ def pack(folder, # of `pretrain`
     made = dict(corpus=corpus_sha(seed), seed=seed, kept_out=len(multisets('kept')), **size, steps=log['step'], tokens=log['tokens'], seconds=round(log['seconds']), device=log['device'], processes=log['processes'],
                 losses=log['losses'], knowledge=knowledge(lm, tok), sha256=sha256_file(Path(to)/'model.safetensors'))
     return read_json(write_json(Path(to)/'provenance.json', made | {k: v for k, v in provenance().items() if k in ('commit', 'versions', 'python')}))
+
+# %% ../nbs/tiny.ipynb #20b7c377
+@drawn
+def fig_base(record:dict, # of `pack`
+             title:str):
+    "Loss of the corpus over training, with the final accuracy in free form."
+    fig, [[a, b]] = panels(1, 2, 5.8, 3)
+    losses, known = record['losses'], record['knowledge']
+    a.plot([50*(i + 1) for i in range(len(losses))], losses, color=BLACK)
+    a.set(xlabel='pretraining step', ylabel='loss (nats a token)', yscale='log')
+    rates(b, range(len(known)), known.values(), BLUE, ls='', across=True)
+    b.axvline(70, color=GREY, ls='--')
+    b.set_yticks(range(len(known)), list(known)); b.set_ylim(-.5, len(known) - .5)
+    accuracy_axis(b, 'accuracy in free form (%); dashed: the mark', across=True)
+    said = ', '.join(f"{k} {percent(v['rate'])}" for k, v in known.items()) # what was kept out is arithmetic, not knowledge
+    caption(fig, f'The game in free form: {said}', f"{title}; n = {min(v['n'] for v in known.values()):,} hands each; {INTERVALS}")
+    return fig

@@ -707,7 +707,7 @@ def test_figures_and_verdicts_of_made_up_cells():
     figs = restore.fig_layers(found, cfg.restore, 'five'), restore.fig_ranks(found, 'six', unrelated), restore.fig_ranks(imposed, 'seven')
     assert all(len(f.axes) == 4 for f in figs)
     far = restore.fig_distance(found['peak'], 'by distance')
-    assert {len(a.containers) for a in far.axes} == {len(restoration_figures._series(found['peak']['cells'], 192)) - 1} # every series but the authors' reading
+    assert {len(a.containers) for a in far.axes} == {len(restoration_figures.series_of(found['peak']['cells'], 192)) - 1} # every series but the authors' reading
     labels = [t.get_text() for t in figs[1].legends[0].get_texts()]
     assert len(labels) == len(set(labels)) and {restore.LOOK[k][2] for k in ('coded', 'tail', 'random', 'blend', 'unrelated-end')} < set(labels)
     rows = {r['claim']: r['verdict'] for r in restore.verdicts(found['peak'], cfg.restore)}

@@ -544,8 +544,8 @@ def test_figures_and_verdicts_of_a_run(tmp_path):
     assert list(found) == ['SFT', 'SFT from peak', 'RL'] and list(pairs(dict(base=0, peak=1, end=2))) == list(found)[:2]
     names = ['layers.0.q', 'layers.0.k', 'layers.0.v', 'layers.0.up']
     data = trimmed(found, names, values_part), trimmed(found, names, angles_part)
-    for fig, n in ((fig3(data[0], names, h, 't'), 12), (fig4(data[1], names, 't'), 16), (fig_pair(found, names, 't'), 12), (fig_size(sizes(found), 't'), 2)): assert len(fig.axes) == n
-    fig_overview(found, 't')
+    for fig, n in ((fig3(data[0], names, h, 't'), 12), (fig4(data[1], names, 't'), 12), (fig_pair(found, names, 't'), 12), (fig_size(sizes(found), 't'), 2)): assert len(fig.axes) == n
+    fig_overview({l: summary(f) for l, f in found.items()}, 't')
     rows = verdicts(found, found)
     claims = {r['claim']: r for r in rows}
     assert list(claims)[:2] == ['SFT: singular values stay', 'SFT: directions turn beyond chance'] and len(rows) == len(claims) == 11
