@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'GAME', 'READ', 'MAKE', 'CHAT', 'SPECIAL', 'cuts', 'phrases', 'make_tokenizer', 'known_multisets',
-           'deal_as', 'Corpus', 'encode_chat', 'batches', 'new_model', 'rate', 'pretrain', 'main', 'free_form',
-           'knowledge', 'corpus_sha', 'pack', 'fig_base']
+           'any_rule', 'deal_as', 'Corpus', 'encode_chat', 'batches', 'new_model', 'rate', 'pretrain', 'main',
+           'free_form', 'knowledge', 'corpus_sha', 'pack', 'fig_base']
 
 # %% ../nbs/tiny.ipynb #0b771948
 import hashlib, math, os, random, re, sys, time
@@ -48,13 +48,14 @@ def phrases() -> list: # str, longest first
     words = cuts(*(t for q, a, _ in GAME + READ + MAKE for t in (q, a)))
     return sorted((p for p in game | shape | words if len(p) > 1), key=lambda p: (-len(p), p))
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(words:bool=True # numbers from 10 to 100 are tokens; else they are spelled in digits
+    ) -> PreTrainedTokenizerFast:
     "Byte-level tokenizer with numbers and phrases as added tokens; pads on the left."
     byte = sorted(pre_tokenizers.ByteLevel.alphabet())
     t = Tokenizer(tokenizer_models.BPE(vocab={c: i for i, c in enumerate(byte)}, merges=[]))
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     t.add_special_tokens([AddedToken(s, normalized=False) for s in SPECIAL])
-    t.add_tokens([AddedToken(p, normalized=False) for p in [*phrases(), *map(str, range(10, 101))]])
+    t.add_tokens([AddedToken(p, normalized=False) for p in [*phrases(), *(map(str, range(10, 101)) if words else ())]])
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<|pad|>', unk_token='<|pad|>', eos_token='<|end|>', padding_side='left', chat_template=CHAT,
                                    model_max_length=512, clean_up_tokenization_spaces=False)
 
@@ -63,7 +64,8 @@ def known_multisets() -> list: # of sorted 4-tuples
     "Every solvable multiset that is not kept out of pretraining."
     return sorted(m for p in ('sft', 'rl', 'val', 'test') for m in multisets(p))
 
-def _rule(rng):
+def any_rule(rng) -> tuple: # what J, Q and K count
+    "The ID rule, the OOD rule, or any other, by turns."
     u = rng.random()
     if u < .30: return (10, 10, 10)
     if u < .65: return (11, 12, 13)
@@ -102,7 +104,7 @@ class Corpus:
 
     def hand(self):
         "Rule, cards, target and formula of one game."
-        rule, cards = _rule(self.rng), None
+        rule, cards = any_rule(self.rng), None
         while not cards:
             numbers, target, formula = self.pick()
             cards = deal_as(self.rng, numbers, rule)
@@ -127,11 +129,15 @@ class Corpus:
             numbers, target, formula = self.pick()
             q, a = self.fill(MAKE, target=target, formula=formula, values=' '.join(map(str, self.rng.sample(numbers, len(numbers)))))
             return [('user', q, False), ('assistant', a, True)]
+        return self.game(READ if u < .25 else GAME, u >= .85)
+
+    def game(self, forms, twice:bool) -> list: # `READ` or `GAME`; whether a failure goes before; turns as in `chat`
+        "One hand in plain words."
         rule, cards, target, formula = self.hand()
         numbers = values(cards, rule)
-        q, a = self.fill(READ if u < .25 else GAME, rule, cards, target=target, formula=formula, values=' '.join(map(str, numbers)))
+        q, a = self.fill(forms, rule, cards, target=target, formula=formula, values=' '.join(map(str, numbers)))
         turns = [('user', q, False), ('assistant', a, True)]
-        if u < .85: return turns
+        if not twice: return turns
         wrong, why = self.failure(numbers, formula, target, cards, rule)
         return [turns[0], ('assistant', a.replace(f'{formula}={target}', f'{wrong}={target}'), False), ('user', RETRY.format(reason=why), False), turns[1]]
 
@@ -168,9 +174,10 @@ def rate(step:int, steps:int, peak:float=1e-3) -> float:
     return peak*min(1, step/warm)*(.03 + .97*.5*(1 + math.cos(math.pi*step/steps)))
 
 # %% ../nbs/tiny.ipynb #c804b433
-def _loss(lm, ids, labels): # the head is applied only where a token is counted
-    h, y = lm.model(input_ids=ids).last_hidden_state[:, :-1], labels[:, 1:]
-    return torch.nn.functional.cross_entropy(lm.lm_head(h[y >= 0]), y[y >= 0])
+def _loss(lm, ids, labels, trunk, bf16=False): # the head is applied only where a token is counted
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        h, y = trunk(input_ids=ids).last_hidden_state[:, :-1], labels[:, 1:]
+        return torch.nn.functional.cross_entropy(lm.lm_head(h[y >= 0]).float(), y[y >= 0])
 
 def _average(lm):
     if not dist.is_initialized(): return
@@ -182,23 +189,29 @@ def pretrain(folder,        # where the state, the loss curve and the base go
              steps:int,     # optimizer steps
              seed:int=0,    # of corpus and initial weights
              size:int=128,  # chats a step, over all processes
-             width:int=192, layers:int=4, save:int=250
+             width:int=192, layers:int=4, save:int=250,
+             corpus=None,   # `Corpus` of the seed and rank where None
+             tok=None,      # `make_tokenizer()` where None
+             start='',      # folder of weights to begin from; random where empty
+             peak:float=1e-3, # rate
+             bf16:bool=False  # products in bf16 and the trunk compiled: 1.6 times as fast on one core with AVX512-BF16
     ) -> dict:              # steps, tokens, seconds, losses (one a 50 steps)
     "Trains the base from nothing, or goes on from the state in `folder`."
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    tok, folder = make_tokenizer(), Path(folder)
+    tok, folder = tok or make_tokenizer(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lm, state = new_model(tok, seed, width, layers), folder/f'state-{rank}.pt'
+    lm, state = load_lm(start)[0].train() if start else new_model(tok, seed, width, layers), folder/f'state-{rank}.pt'
+    trunk = torch.compile(lm.model, dynamic=True) if bf16 else lm.model
     opt = torch.optim.AdamW(lm.parameters(), weight_decay=.01, betas=(.9, .95), fused=True)
     log = dict(step=0, tokens=0, seconds=0., device=provenance()['device'], processes=world, losses=[])
-    stream = batches(tok, Corpus(seed*1000 + rank), size//world)
+    stream = batches(tok, corpus or Corpus(seed*1000 + rank), size//world)
     if state.exists(): log = _resume(state, lm, opt)
     for _ in range(log['step']): next(stream)
     began, run = time.time() - log['seconds'], []
     for step in progress(range(log['step'] + 1, steps + 1), desc='pretrain'):
-        for g in opt.param_groups: g['lr'] = rate(step, steps)
+        for g in opt.param_groups: g['lr'] = rate(step, steps, peak)
         ids, labels = next(stream)
-        loss = _loss(lm, ids, labels)
+        loss = _loss(lm, ids, labels, trunk, bf16)
         loss.backward(); _average(lm)
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.)
         opt.step(); opt.zero_grad()
