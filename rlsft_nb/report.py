@@ -16,7 +16,9 @@ import yaml
 import rlsft_nb
 from .commands import parser, run
 from .core import plain_dict, atomic_write, figures_dir, load_params, provenance, runs_root, yaml_mapping
-from .claims import VERDICTS, command, interval, judge_claims, load_claims, seeds_of, seeds_text, shown, tally, told
+from .claim_records import command, seeds_of
+from .claims import judge_claims, load_claims, seeds_text, shown, tally
+from .judging import VERDICTS, interval, told
 
 # %% ../nbs/report.ipynb #fc3e8747
 def png_size(data:bytes) -> tuple: # (width, height) in pixels
