@@ -16,7 +16,9 @@ import yaml
 import rlsft_nb
 from .commands import parser, run
 from .core import plain_dict, atomic_write, load_params, provenance, runs_root, yaml_mapping
-from .claims import VERDICTS, command, interval, here_text, judge_claims, load_claims, seeds_text, shown, tally, told
+from .claim_records import command
+from .claims import here_text, judge_claims, load_claims, seeds_text, shown, tally
+from .judging import VERDICTS, interval, told
 from .agree import agreement, lines
 from .records import find, home, made_here, run_key, seeds_of, shown_path
 
@@ -133,7 +135,8 @@ def closing(model:str, overrides:dict=None) -> list: # lines; none where nothing
     c, cfg = content(model, overrides), load_params(model, overrides)
     if not seeds_of(cfg): return []
     found = {e['id']: e for e in c['r']['claims']}
-    told = [f"  {found[i]['verdict']:<13} {found[i]['claim']}: {here_text(found[i]) or found[i]['why']}" for i in load_claims()['headline']]
+    first = [found[f['id']] for f in load_claims()['findings']]
+    told = [f"  {c['verdict']:<13} {c['claim']}: {here_text(c) or c['why']}" for c in first]
     counts = ', '.join(f'{n} {v}' for v, n in c['tally'].items())
     return ['', f"{c['origin']} {len(found)} claims: {counts}.", *told, *lines(agreement(cfg)), f'Page: {write_page(c)}']
 

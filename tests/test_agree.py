@@ -42,7 +42,7 @@ def test_how_a_run_ends(tmp_path):
     save(fake(), tmp_path); keep(fake())
     said = closing('tiny')
     assert said[1].startswith('Seed 0 made here. 58 claims: ') and said[-1] == f"Page: {tmp_path/'runs'/'tiny'/'report.html'}" and (tmp_path/'runs'/'tiny'/'report.html').is_file()
-    assert len(load_claims()['headline']) == 6 == len([l for l in said if l.startswith('  ')]) and any(l.startswith('Agrees with the published seed 0') for l in said)
+    assert len(load_claims()['findings']) == 6 == len([l for l in said if l.startswith('  ')]) and any(l.startswith('Agrees with the published seed 0') for l in said)
     assert any('OOD accuracy peaks early in SFT' in l and 'points' in l for l in said)
 
 def test_the_time_that_is_left(tmp_path):

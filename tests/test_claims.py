@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
-from rlsft_nb import claims, ppo, restore, sft, spectra, theory
-from rlsft_nb.claims import VERDICTS, difference, judge_claims, load_claims, needed, needed_paired, newcombe, over_seeds, own_numbers, table, tally, to_markdown
+from rlsft_nb import judging, measures, ppo, restore, sft, spectra, theory
+from rlsft_nb.claims import judge_claims, load_claims, table, tally, to_markdown
+from rlsft_nb.judging import VERDICTS, over_seeds
+from rlsft_nb.measures import difference
+from rlsft_nb.power import needed, needed_paired, newcombe, own_numbers
 from rlsft_nb.records import records_dir, seeds_of
 from rlsft_nb.core import ROOT, ParamError, load_params, mcnemar, models, wilson, write_json
 from rlsft_nb.models import clusters
@@ -88,7 +91,7 @@ def test_every_claim_has_its_place_and_its_source():
     assert {r.split()[0] for r in LIST['records'].values()} <= notebooks
     for c in LIST['claims']: assert c['fixed'].startswith('here') or c['fixed'] in notebooks, c['id']
     assert {f'figure {i}' for i in range(1, 8)} | {'abstract', '1', '6', 'A'} <= {p for c in LIST['claims'] for p in c['at']}
-    assert {c['measure'] for c in LIST['claims'] if 'measure' in c} == set(claims.MEASURES), 'a measure without a claim'
+    assert {c['measure'] for c in LIST['claims'] if 'measure' in c} == set(measures.MEASURES), 'a measure without a claim'
     assert {c['args']['record'] for c in LIST['claims'] if 'record' in c.get('args', {})} <= set(LIST['records'])
 
 @pytest.mark.parametrize('old,new,says', [
@@ -119,7 +122,7 @@ def test_over_seeds(t, values):
     assert got['verdict'] in VERDICTS[:3] and got == over_seeds(t, ['holds']*len(values), values)
     if len(values) == 1: assert got['verdict'] == 'holds'; return
     assert over_seeds(t, ['fails']*len(values), values)['verdict'] == got['verdict'] # seeds' verdicts count only where there is one
-    inside = [claims._inside(t, v) for v in values]
+    inside = [judging.inside(t, v) for v in values]
     if got['verdict'] == 'holds': assert all(inside)
     if got['verdict'] == 'fails': assert not any(inside)
 

@@ -2,7 +2,8 @@
 import base64, html, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 import pytest
-from rlsft_nb.claims import VERDICTS, load_claims
+from rlsft_nb.claims import load_claims
+from rlsft_nb.judging import VERDICTS
 from rlsft_nb.report import content, main, page, png_size, template
 from test_claims import fake, save
 
