@@ -476,13 +476,15 @@ for path in (A, B):
     layers = [torch.nn.Linear(w.shape[1], w.shape[0], bias=False) for w in ws]
     for l, w in zip(layers, ws): l.weight.data = w
     assert len(weightwatcher.WeightWatcher(model=torch.nn.Sequential(*layers)).analyze()) == len(ws)''')
-_MEASURE = '''import resource, sys, time
+_MEASURE = '''import sys, time
 A, B, OUT = sys.argv[1:]
 import torch
 torch.set_num_threads(1)
 start = time.process_time()
 %s
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10)'''
+took = time.process_time() - start
+from rlsft_nb.core import peak_mib
+print(took, peak_mib())'''
 
 def peer(name:str, a, b # folders
     ) -> tuple:         # CPU seconds and peak MiB, or None where it is not installed

@@ -57,15 +57,19 @@ def _side(d, M, R, ks) -> dict:
 # %% ../nbs/comparison.ipynb #fd5963ec
 def _degrees(curves) -> dict: return {n: thinned(c.rad2deg()) for n, c in curves.items()}
 
+def _draw(W0, D, S0, null, g, s, masks, ks) -> tuple: # numbers, curves, intruders
+    "One update without structure; its matrices are gone before the next is drawn."
+    S = decompose(W := W0 + null_update(D, null, g, s, W0))
+    sides = overlaps(S, S0)
+    numbers, curves = compared(S, S0, ks, sides)
+    return numbers | _lift(W, W0, masks), {n: c.rad2deg() for n, c in curves.items()} | dict(values=S.s - S0.s), _strangers(sides)
+
 def _nulls(W0, D, S0, null, draws, g, masks, ks) -> dict:
     "Numbers, curves and intruders of `draws` updates without structure."
     got, new, s = [], [], singular_values(D) if null == 'orient' else None
     for _ in range(draws):
-        S = decompose(W := W0 + null_update(D, null, g, s, W0))
-        sides = overlaps(S, S0)
-        numbers, curves = compared(S, S0, ks, sides)
-        new.append(_strangers(sides))
-        got.append((numbers | _lift(W, W0, masks), {n: c.rad2deg() for n, c in curves.items()} | dict(values=S.s - S0.s)))
+        *both, strangers = _draw(W0, D, S0, null, g, s, masks, ks)
+        got.append(both); new.append(strangers)
     stack = {name: torch.stack([c[name] for _, c in got]) for name in got[0][1]}
     band = {name: dict(lo=thinned(x.quantile(.025, 0)), hi=thinned(x.quantile(.975, 0))) for name, x in stack.items()}
     return dict(draws={n: [d[n] for d, _ in got] for n in got[0][0] if all(n in d for d, _ in got)}, curves=band), {side: [x[side] for x in new] for side in 'UV'}
@@ -117,7 +121,9 @@ def measure(W:Tensor, W0:Tensor, # (m, n) float; the second is the reference
     dead = int((torch.minimum(S.s, S0.s) <= 1e-12*S0.s[0]).sum()) # directions that a matrix of lower rank does not have
     ks, sides = sorted({lead(S0.s), *ranks(ks, p)}), overlaps(S, S0)
     out |= dict(lead=lead(S0.s), dead=dead) | _values(S, S0, D, sides, sd) | _angles(S, S0, D, ks, sides)
-    return out | _judged(A, A0, D, S, S0, null, draws, g, ks, sides)
+    here, strangers = compared(S, S0, sides=sides)[0], _strangers(sides)
+    del S, sides # room for those of the nulls
+    return out | _judged(A, A0, D, S0, here, strangers, null, draws, g, ks)
 
 # %% ../nbs/comparison.ipynb #cc0d6187
 def _spread(sd, shape) -> dict: # singular values of an update
@@ -144,13 +150,13 @@ def _angles(S, S0, D, ks, sides) -> dict:
            for n, d, v, c in zip('UV', (len(S.U), S.Vt.shape[1]), single, fair)}
     return dict(sides=out, clusters=dict(tolerance=tol, number=len(spans), largest=max(j - i for i, j in spans)))
 
-def _judged(A, A0, D, S, S0, null, draws, g, ks, sides) -> dict:
+def _judged(A, A0, D, S0, here, strangers, null, draws, g, ks) -> dict:
     "The measurement against every null."
     masks = entry_masks(A0, S0)
-    (got, new), here = _nulls(A0, D, S0, null, draws, g, masks, ks), compared(S, S0, sides=sides)[0] | _lift(A, A0, masks)
+    (got, new), here = _nulls(A0, D, S0, null, draws, g, masks, ks), here | _lift(A, A0, masks)
     verdicts = {n: dict(here=x) | beyond(x, got['draws'][n]) for n, x in here.items() if n in got['draws']}
     others = dict(storage=_storage(A0, S0, g, ks), first_order=_first_order(A0, D, S0, g, ks))
-    return update_mask(A, A0, masks) | dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got)) | others | dict(intruders=dict(top=TOP, near=NEAR, **_strangers(sides), null=new), steps=float(D.norm()/_rounding_size(A0)))
+    return update_mask(A, A0, masks) | dict(verdicts=verdicts, null=dict(kind=null, n=draws, **got)) | others | dict(intruders=dict(top=TOP, near=NEAR, **strangers, null=new), steps=float(D.norm()/_rounding_size(A0)))
 
 def _rounding_size(A0): return (bf16_steps(A0)**2).sum().div(12).sqrt() # Frobenius norm of what rounding to bf16 adds
 

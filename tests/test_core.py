@@ -151,6 +151,13 @@ def test_cache_hit_and_records():
     assert done['inputs'] == {repr(up): sha256_file(up.path/'done.json')} and done['results'] == sha256_file(s.path/'results.json')
     assert {'commit', 'dirty', 'versions', 'python', 'device', 'cpu', 'seconds', 'peak_mib', 'date'} <= done.keys()
 
+@pytest.mark.skipif(not os.path.isfile('/proc/self/status'), reason='elsewhere a process may count from its parent')
+def test_a_peak_is_ones_own():
+    "Not that of the process that started this one."
+    held = np.ones(2**27) # 1 GiB
+    done = subprocess.run([sys.executable, '-c', 'from rlsft_nb.core import peak_mib; print(peak_mib())'], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert core.peak_mib() > held.nbytes/2**20 > 2*float(done.stdout) > 0
+
 def test_threads_are_those_of_linear_algebra_too():
     import torch, threadpoolctl, scipy.linalg
     now = lambda: (torch.get_num_threads(), {p['num_threads'] for p in threadpoolctl.threadpool_info() if p['user_api'] == 'blas'})
