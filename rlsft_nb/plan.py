@@ -25,7 +25,8 @@ from transformers import AutoConfig
 from .commands import parser, run
 from .core import ParamError, Problem, attr_dict, near, plain_dict, gpus, load_params, named_function, params_dir, repository, yaml_mapping
 from .game import answer, feedback_turn, prompt, solve, values, verify
-from .models import ModelError, model_class, locate
+from .generation import ModelError
+from .models import model_class, locate
 
 # %% ../nbs/plan.ipynb #9e82a095
 @lru_cache(maxsize=8)

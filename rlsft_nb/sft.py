@@ -18,7 +18,8 @@ from transformers import PrinterCallback, TrainerCallback
 from .core import ParamError, Problem, Stage, map_items, mcnemar, mean_spread, progress, read_json, run_stage, threads, write_json
 from .game import answer, dataset, hands, prompt, solve, values
 from .launch import freeze_idle, gather_head, keep_fp32, options, resolved, run_on_many, save_together, tell
-from .models import arithmetic, cells, clusters, device, encode, leave, load_lm, rank, score, weights_id, world
+from .generation import encode
+from .models import arithmetic, cells, clusters, device, leave, load_lm, rank, score, weights_id, world
 
 # %% ../nbs/02_sft.ipynb #dbbaf8a4
 def expert_rows(cfg, seed:int): # datasets.Dataset: prompt and completion (chats), cards, rule, target

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from .commands import Parser
 from .core import cluster_interval, progress, provenance, read_json, sha256_file, write_json
 from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, face_values, hands, multisets, solve, values, verify
-from .models import generate, load_lm, save_lm
+from .generation import generate
+from .models import load_lm, save_lm
 
 # %% ../nbs/tiny.ipynb #16444e3d
 QUESTION = PROMPT.replace('{cards}', '["{cards}"]')

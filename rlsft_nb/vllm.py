@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from .models import stop_ids
+from .generation import stop_ids
 from .plan import lengths, sizes, vllm_bytes
 
 # %% ../nbs/vllm.ipynb #82871994

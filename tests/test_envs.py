@@ -226,7 +226,8 @@ def test_verifiers_limits_and_failures(tmp_path, endpoint):
 
 def test_verifiers_tiny(tmp_path, endpoint):
     "The embedded model, served."
-    from rlsft_nb.models import generate, load_lm
+    from rlsft_nb.generation import generate
+    from rlsft_nb.models import load_lm
     pytest.importorskip('verifiers.v1', reason='the extra [verifiers] is not installed')
     lm, tok = load_lm('tiny')
     lock = threading.Lock()
@@ -271,7 +272,8 @@ def test_reasoning_gym_among_others(gym):
         with pytest.raises((ValueError, KeyError), match='expected'): gym.create_dataset('general_points', **bad)
 
 def test_reasoning_gym_tiny(gym):
-    from rlsft_nb.models import generate, load_lm
+    from rlsft_nb.generation import generate
+    from rlsft_nb.models import load_lm
     data = gym.create_dataset('general_points', seed=0, size=4)
     said = generate(*load_lm('tiny'), [[dict(role='user', content=x['question'])] for x in data])
     assert [data.score_answer(s, x) for s, x in zip(said, data)] == [0.]*4
@@ -301,7 +303,8 @@ def test_gymnasium_tiny():
     "Two environments at once, played by the embedded model: rewards are the verifier's."
     import gymnasium
     from rlsft_nb.game import verify
-    from rlsft_nb.models import generate, load_lm
+    from rlsft_nb.generation import generate
+    from rlsft_nb.models import load_lm
     (lm, tok), hand = load_lm('tiny:end'), ['4', '4', '3', '6']
     env = gymnasium.make_vec('rlsft_nb/GeneralPoints-v0', num_envs=2, vectorization_mode='sync', hands=[hand], attempts=2)
     asked, _ = env.reset(seed=0)

@@ -5,7 +5,8 @@ from safetensors.torch import load_file, save_file
 from rlsft_nb.core import DiskError, load_params, mcnemar, wilson
 from rlsft_nb.game import GeneralPoints, answer, hands, play, prompt, solve, values
 from rlsft_nb.models import *
-from rlsft_nb.models import ModelError, find_gguf
+from rlsft_nb.generation import ModelError, encode, generate, generate_ids
+from rlsft_nb.models import find_gguf
 
 @pytest.fixture(scope='module')
 def tiny(): return load_lm('tiny')

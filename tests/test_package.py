@@ -73,7 +73,8 @@ def test_game_params_and_model(outside, target, tmp_path):
         import json, rlsft_nb
         from rlsft_nb.core import figures_dir, load_params, models, params_dir, provenance, runs_root, shipped
         from rlsft_nb.game import prompt, solve, verify
-        from rlsft_nb.models import generate, load_lm
+        from rlsft_nb.generation import generate
+        from rlsft_nb.models import load_lm
         lm, tok = load_lm('tiny')
         said = generate(lm, tok, [prompt(['3', '3', '8', '8'])])[0]
         print(json.dumps(dict(file=rlsft_nb.__file__, params=str(params_dir()), models=models(), model=load_params('tiny').model.path, solved=solve([3, 3, 8, 8]),

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from rlsft_nb.core import ROOT, load_params
-from rlsft_nb.models import ModelError, load_lm
+from rlsft_nb.generation import ModelError
+from rlsft_nb.models import load_lm
 from rlsft_nb.plan import *
 from rlsft_nb.plan import _decomposed, _filed, with_keys
 

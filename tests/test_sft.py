@@ -3,7 +3,8 @@ import json, os, signal, subprocess, sys, time
 import pytest, torch
 from rlsft_nb.core import ParamError, ROOT, load_params, read_json
 from rlsft_nb.game import answer, hands, multisets, prompt, solve, values, verify
-from rlsft_nb.models import encode, generate, load_lm
+from rlsft_nb.generation import encode, generate
+from rlsft_nb.models import load_lm
 from rlsft_nb.sft import *
 from rlsft_nb.sft import _newest, _says
 

@@ -4,7 +4,8 @@ import pytest, torch
 from hypothesis import given, strategies as st
 from rlsft_nb.core import load_params, read_json, sha256_file, shipped, shipped_names
 from rlsft_nb.game import PHRASES, PROMPT, answer, feedback_turn, hands, multisets, prompt, values, verify
-from rlsft_nb.models import encode, load_lm
+from rlsft_nb.generation import encode
+from rlsft_nb.models import load_lm
 from rlsft_nb import tiny
 from rlsft_nb.tiny import *
 
