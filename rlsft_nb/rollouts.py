@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'CALL_FAULTS', 'Trace', 'tail_ids', 'extend', 'rollout', 'Bank', 'windows', 'sight', 'next_logits',
-           'tolerance', 'apart', 'fault', 'check_bank', 'Player']
+           'tolerance', 'apart', 'fault', 'check_bank', 'shared', 'Player', 'greedy']
 
 # %% ../nbs/rollouts.ipynb #91d03b91
 import inspect, math
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from .game import feedback_turn, prompt, verify
-from .generation import ModelError, at_rest, encode, stop_ids, until_stop
+from .generation import ModelError, at_rest, encode, generate, stop_ids, until_stop
 
 # %% ../nbs/rollouts.ipynb #ebe17af3
 @dataclass
@@ -169,32 +169,38 @@ def _misfit(lm): # nothing where it fits
     off = apart(ours, own)
     return '' if off <= tolerance(own.dtype) else f'its logits are then off by {off:.2g} of their spread'
 
+# %% ../nbs/rollouts.ipynb #ea3b796b
+def shared(a:list, b:list) -> int: # how many first tokens are the same
+    "Length of the common beginning of two lists."
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
 # %% ../nbs/rollouts.ipynb #a1acf703
 class Player:
-    "Answers prompts by sampling, as `generate` without filters would."
+    "Answers prompts as `generate` without filters would."
     def __init__(self, lm, tok,
                  longest:int,        # tokens of an answer
-                 temperature:float,
+                 temperature:float,  # 0 is greedy
                  seed:int=0,
                  most=lambda n: n):  # as in `rollout`
         self.lm, self.pad, self.longest, self.temperature, self.most = lm, tok.pad_token_id, longest, temperature, most
         self.rng, self.stops = torch.Generator(lm.device).manual_seed(seed), stop_ids(lm, tok)
-        self.read, self.row = [], [] # of each hand: the ids in the bank, and where
+        self.asked, self.read, self.row = [], [], [] # of each hand: its prompt, the ids in the bank, and where
         with at_rest(lm): check_bank(lm)
 
     def tensor(self, x): return torch.tensor(x, device=self.lm.device)
 
     def recall(self, prompts): # sorts the bank by `prompts`; how much of each it holds
-        known, was = enumerate(self.read), []
+        known, was = enumerate(self.asked), []
         for p in prompts: was.append(next((i for i, ids in known if p[:len(ids)] == ids), None))
         if None in was: self.bank = Bank(); return [0]*len(prompts)
         rows = self.tensor([self.row[i] for i in was])
         self.bank.each(lambda x: x[rows])
-        return [len(self.read[i]) for i in was]
+        return [min(shared(p, self.read[i]), len(p) - 1) for p, i in zip(prompts, was)]
 
     def draw(self, ids, at, real): # (rows, new) -> next token of each row, and its log-probability
-        p = (next_logits(self.lm, self.bank, ids, at, real).float()/self.temperature).softmax(-1)
-        said = torch.multinomial(p, 1, generator=self.rng)
+        logits = next_logits(self.lm, self.bank, ids, at, real).float()
+        p = (logits/(self.temperature or 1)).softmax(-1)
+        said = torch.multinomial(p, 1, generator=self.rng) if self.temperature else logits.argmax(-1, keepdim=True)
         return said, p.gather(1, said)[:, 0].log()
 
 # %% ../nbs/rollouts.ipynb #a5f12b7a
@@ -205,7 +211,7 @@ def __call__(self:Player, prompts:list) -> list: # answers, with the stop token 
     with at_rest(self.lm): said, logp = self.answer(prompts)
     said = [until_stop(s, self.stops) for s in said]
     self.logp = [p[:len(s)] for p, s in zip(logp, said)]
-    self.read = [p + s[:-1] for p, s in zip(prompts, said)]
+    self.asked, self.read = prompts, [p + s[:-1] for p, s in zip(prompts, said)]
     return said
 
 @patch
@@ -229,3 +235,10 @@ def answer(self:Player, prompts): # tokens drawn for each prompt, and their log-
         real = torch.ones_like(at, dtype=torch.bool)
     self.row = sorted(range(len(order)), key=order.__getitem__)
     return said, logp
+
+# %% ../nbs/rollouts.ipynb #524df5b2
+def greedy(lm, tok, max_new_tokens:int=64, batch_size:int=256): # chats -> answers, str
+    "The likeliest answers of a model to the chats of the same hands, turn by turn."
+    try: ask = Player(lm, tok, max_new_tokens, 0.)
+    except ModelError: return lambda chats: generate(lm, tok, chats, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return lambda chats: tok.batch_decode(ask(encode(tok, chats)), skip_special_tokens=True)
