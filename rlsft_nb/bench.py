@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import TrainerCallback
-from . import compare, comparison, edits, game, matrices, ppo, sft, surgery
+from . import compare, comparison, edits, game, matrices, ppo, ppo_run, rollouts, sft, surgery
 from .commands import parser, run
 from .core import load_params, threads, write_json
 from .generation import ModelError, generate_ids, stop_ids
@@ -522,18 +522,18 @@ def _cpu(f, repeat:int=1) -> float: # the least of `repeat` calls
 
 def _ppo_ready(attempts, **over): # cfg, accelerator, model, optimizer, tokenizer
     cfg = load_params('tiny', dict(ppo=over, eval=dict(device='cpu', max_new_tokens=31), game=dict(attempts=attempts)))
-    acc = ppo.accelerator(cfg)
-    return cfg, acc, *ppo.setup(acc, cfg, 'tiny', 0)[:3]
+    acc = ppo_run.accelerator(cfg)
+    return cfg, acc, *ppo_run.setup(acc, cfg, 'tiny', 0)[:3]
 
 def _one_by_one(cfg, model, tok, hands): # traces
     ask = lambda prompts: generate_ids(model, tok, prompts, max_new_tokens=cfg.eval.max_new_tokens, temperature=cfg.ppo.temperature)
-    return [t for h in hands for t in ppo.rollout(ask, tok, stop_ids(model, tok), [h], cfg.game)]
+    return [t for h in hands for t in rollouts.rollout(ask, tok, stop_ids(model, tok), [h], cfg.game)]
 
 def _by_turn(traces): # each turn a trace of its own, with its advantages
     out = []
     for t in traces:
         for i, (a, b) in enumerate(t.spans):
-            one = ppo.Trace(t.cards, t.ids[:b], [(a, b)], [t.verdicts[i]])
+            one = rollouts.Trace(t.cards, t.ids[:b], [(a, b)], [t.verdicts[i]])
             one.adv, one.ret, one.value = (getattr(t, k)[i:i + 1] for k in ('adv', 'ret', 'value'))
             one.old = t.old[sum(y - x for x, y in t.spans[:i]):][:b - a]
             out.append(one)
@@ -547,15 +547,15 @@ def _gflops(rows=4096, inner=192, out=512): # of one matrix product of the model
 def _rollouts(): # rows, ratio
     cfg, acc, model, _, tok = _ppo_ready(5, episodes=256, batch=256)
     lm = acc.unwrap_model(model.eval())
-    play = lambda: ppo.play_update(acc, lm, tok, cfg, 0, 1)
-    few = ppo.rl_hands(cfg, 0, 1)[:12]
+    play = lambda: ppo_run.play_update(acc, lm, tok, cfg, 0, 1)
+    few = ppo_run.rl_hands(cfg, 0, 1)[:12]
     play(), _one_by_one(cfg, lm, tok, few[:1])
     plain, ours = len(few)/_cpu(lambda: _one_by_one(cfg, lm, tok, few)), 256/_cpu(play, 2)
     return [('rollout, 256 hands at once', ours, 'hands/s'), ('rollout, one hand at a time', plain, 'hands/s')], ours/plain
 
 def _steps(): # rows, ratio
     cfg, acc, model, opt, tok = _ppo_ready(5, episodes=64, batch=64, epochs=1)
-    traces = ppo.play_update(acc, acc.unwrap_model(model.eval()), tok, cfg, 0, 1)
+    traces = ppo_run.play_update(acc, acc.unwrap_model(model.eval()), tok, cfg, 0, 1)
     learn = lambda xs: ppo.step(acc, model, opt, xs, cfg.ppo, tok.pad_token_id, False)
     ppo.update(acc, model, opt, traces, cfg.ppo, tok.pad_token_id, random.Random(0))
     turns, params = _by_turn(traces), sum(w.numel() for w in model.parameters())

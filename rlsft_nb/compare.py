@@ -14,7 +14,10 @@ from .drawing import BLACK, CELL, GREY, INTERVALS, PALE, accuracy_axis, caption,
 from .game import answer, prompt, reward_func, solve, values, verify
 from .generation import encode, stop_ids
 from .models import device, load_lm, save_lm, score
-from .ppo import Trace, accelerator, chance, collate, export, play_update, rl_hands, rl_stage, score_stage, set_rates, setup, tail_ids
+from .actor_critic import collate
+from .ppo import rl_stage, score_stage
+from .ppo_run import accelerator, chance, export, play_update, rl_hands, set_rates, setup
+from .rollouts import Trace, tail_ids
 from .sft import curve_stage, expert_rows, kept, named_stage
 
 # %% ../nbs/compare.ipynb #f124b86b

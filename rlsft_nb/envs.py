@@ -46,7 +46,7 @@ def multi_turn(rows,             # the trainer's data set: columns prompt (chat)
     "Hands played to their end, in the form that GRPO trains on."
     import torch
     from rlsft_nb.generation import encode, stop_ids
-    from rlsft_nb.ppo import Trace, extend, tail_ids
+    from rlsft_nb.rollouts import Trace, extend, tail_ids
     if not isinstance(attempts, int) or attempts < 1: raise ValueError(f'attempts={attempts!r}: expected a positive integer')
     if any(r.get('cards') is None for r in rows): raise KeyError('multi_turn: the data set has no column cards, or a row without them')
     if any(isinstance(r['prompt'], str) for r in rows): raise ValueError('multi_turn: a prompt is text; expected a chat, as `prompt` of the game gives')

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from . import comparison, edits, matrices, ppo, sft, surgery
+from . import comparison, edits, matrices, ppo, ppo_run, rollouts, sft, surgery
 from .core import Problem, process_pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, threads, yaml_mapping
 from .records import save_record
 from .game import Verdict
-from .generation import Player, generate_ids
+from .generation import generate_ids
 from .models import EMBEDDED, model_class, arithmetic, device, load_lm, save_lm
 from .plan import GIB, H100, STAGES, with_keys, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds, width
 
@@ -102,10 +102,10 @@ def sft_steps(cfg, steps:int=5) -> dict:
     return dict(tokens_s=rate, flops_s=3*operations(sizes(cfg), l.row, l.answer)/l.row*rate, arithmetic='bfloat16' if cfg.sft.bf16 else 'float32')
 
 # %% ../nbs/measure.ipynb #70516293
-def long_hand(cfg, vocab:int, rng) -> ppo.Trace: # with every attempt at the length limit
+def long_hand(cfg, vocab:int, rng) -> rollouts.Trace: # with every attempt at the length limit
     "A hand of random tokens."
     l, ids = lengths(cfg), lambda n: [rng.randrange(vocab) for _ in range(n)]
-    t = ppo.Trace(['2', '3', '4', '5'], ids(l.prompt))
+    t = rollouts.Trace(['2', '3', '4', '5'], ids(l.prompt))
     for turn in range(cfg.game.attempts):
         if turn: t.ids = t.ids + ids(l.feedback)
         t.hear(ids(cfg.eval.max_new_tokens), Verdict('wrong_value', -1. - rng.random()))
@@ -114,8 +114,8 @@ def long_hand(cfg, vocab:int, rng) -> ppo.Trace: # with every attempt at the len
 def ppo_update(cfg) -> dict:
     "An epoch of PPO on two passes of long hands."
     p = with_keys(cfg, dict(ppo=dict(batch=2*cfg.ppo.micro, epochs=1))).ppo
-    acc = ppo.accelerator(cfg)
-    model, opt, tok, ref = ppo.setup(acc, cfg, cfg.name, 0)
+    acc = ppo_run.accelerator(cfg)
+    model, opt, tok, ref = ppo_run.setup(acc, cfg, cfg.name, 0)
     traces = [long_hand(cfg, len(tok), random.Random(i)) for i in range(p.batch)]
     learn = lambda: ppo.update(acc, model, opt, traces, p, tok.pad_token_id, random.Random(0), ref)
     tokens, said = (sum(map(f, traces)) for f in (lambda t: len(t.ids), lambda t: sum(b - a for a, b in t.spans)))
@@ -135,7 +135,7 @@ def _decoding(cfg, hands:int, answer) -> dict: # `answer` of a model, a tokenize
 
 def rollout(cfg) -> dict:
     "Answers to the last prompts of long hands."
-    return _decoding(cfg, cfg.ppo.episodes, lambda lm, tok, asked: Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature)(asked))
+    return _decoding(cfg, cfg.ppo.episodes, lambda lm, tok, asked: rollouts.Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature)(asked))
 
 def scoring(cfg) -> dict:
     "The same by `generate`, greedy."

@@ -21,7 +21,8 @@ from transformers.utils import logging as hf_logging
 
 from .core import DiskError, Problem, Stage, cluster_interval, load_params, make_dir, models, own_device, read_json, run_stage, runs_root, sha256_file, shipped, wilson, write_json, yaml_mapping
 from .game import OUTCOMES, hands, play, values, verify
-from .generation import ModelError, asking, generate
+from .generation import ModelError, generate
+from .rollouts import greedy
 
 # %% ../nbs/01_models.ipynb #68994d17
 EMBEDDED = Path(str(resources.files('rlsft_nb')))/'data' # folders of weights that the package carries
@@ -242,10 +243,11 @@ def evaluate(lm, tok,
     ) -> dict:
     "Plays `hands` and summarizes."
     if not hands: raise ValueError('hands=[]: nothing to play')
-    mine = my_part(hands)
-    drawn = lambda chats: generate(lm, tok, chats, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed)
-    parts = [(mine, drawn)] if temperature else [(mine[i:i + batch_size], asking(lm, tok, max_new_tokens)) for i in range(0, len(mine), batch_size)]
-    return summarize(collect([e for some, ask in parts if some for e in play(some, ask, rule, attempts, feedback, target)]), rule, target, other)
+    mine, how = my_part(hands), dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    size = len(mine) if temperature else batch_size # hands side by side
+    ask = lambda: (lambda chats: generate(lm, tok, chats, temperature=temperature, seed=seed, **how)) if temperature else greedy(lm, tok, **how)
+    played = [e for i in range(0, len(mine), size or 1) for e in play(mine[i:i + size], ask(), rule, attempts, feedback, target)]
+    return summarize(collect(played), rule, target, other)
 
 # %% ../nbs/01_models.ipynb #08feb0a1
 def cells(cfg) -> dict: # name -> (rule, face cards only)

@@ -7,7 +7,9 @@ from rlsft_nb.generation import encode, stop_ids
 from rlsft_nb.models import load_lm
 from rlsft_nb import compare
 from rlsft_nb.compare import *
-from rlsft_nb.ppo import Trace, accelerator, rl_hands, rl_stage, setup, tail_ids
+from rlsft_nb.ppo import rl_stage
+from rlsft_nb.ppo_run import accelerator, rl_hands, setup
+from rlsft_nb.rollouts import Trace, tail_ids
 
 torch.set_num_threads(1)
 PPO = dict(updates=2, episodes=4, batch=2, micro=2, epochs=2, save_every=5, lr=1e-3, between=1)

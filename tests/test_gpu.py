@@ -2,7 +2,7 @@
 import pytest, torch
 from accelerate.state import AcceleratorState, PartialState
 from pretend import GPU, HERE, moved
-from rlsft_nb import core, generation, ppo
+from rlsft_nb import core, ppo, ppo_run, rollouts
 from rlsft_nb.core import load_params
 from rlsft_nb.game import hands, prompt
 from rlsft_nb.generation import encode, generate_ids
@@ -24,7 +24,7 @@ def asked(tok, n): return encode(tok, [prompt(h, '10') for h in hands('test', '1
 
 def test_rollouts():
     lm, tok = load_lm('tiny')
-    play = lambda: generation.Player(lm, tok, 31, 1., 3)(asked(tok, 6))
+    play = lambda: rollouts.Player(lm, tok, 31, 1., 3)(asked(tok, 6))
     here = play()
     with GPU() as g: moved(lm); there = play()
     assert here == there and len({tuple(x) for x in here}) == 6 and 'multinomial' in g.ran
@@ -41,8 +41,8 @@ def test_an_update_of_ppo(over, monkeypatch):
     "Two epochs: rollout, credit, losses, backward, optimizer."
     cfg = load_params('tiny', dict(ppo=dict(episodes=8, batch=4, micro=2, epochs=2, **over), eval=dict(max_new_tokens=31)))
     def line(gpu):
-        acc = ppo.accelerator(cfg)
-        model, _, tok, ref = ppo.setup(acc, cfg, 'tiny', 0)
+        acc = ppo_run.accelerator(cfg)
+        model, _, tok, ref = ppo_run.setup(acc, cfg, 'tiny', 0)
         if gpu:
             for state in (PartialState, AcceleratorState): monkeypatch.setitem(state._shared_state, 'device', HERE)
             for lm in (model, ref): lm and moved(lm)

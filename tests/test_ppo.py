@@ -4,14 +4,17 @@ import pytest, torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
-from rlsft_nb.core import ParamError, load_params, read_json
+from safetensors.torch import load_file, save
+from rlsft_nb.core import ROOT, ParamError, atomic_write, load_params, read_json
 from rlsft_nb.game import Verdict, answer, feedback_turn, hands, multisets, prompt, solve, values, verify
 from rlsft_nb.generation import ModelError, encode, generate_ids, stop_ids
 from rlsft_nb.models import clusters, load_lm
-from rlsft_nb import generation, ppo
-from rlsft_nb.generation import *
+from rlsft_nb import actor_critic, ppo, ppo_run, rollouts
+from rlsft_nb.actor_critic import *
 from rlsft_nb.ppo import *
+from rlsft_nb.ppo_run import *
+from rlsft_nb.reading import *
+from rlsft_nb.rollouts import *
 
 torch.set_num_threads(1)
 PPO = dict(updates=4, episodes=8, batch=4, micro=2, epochs=2, save_every=1, lr=1e-3, lr_end=1., between=1)
@@ -245,7 +248,7 @@ def test_log_probabilities_are_the_models_own(tiny, monkeypatch, kind, tied):
     entropy = torch.stack([-(x[i - 1].exp()*x[i - 1]).sum() for x, t in zip(own, traces) for a, b in t.spans for i in range(a, b)])
     attach(lm)
     for size in (2**26, 7*len(tok)):
-        monkeypatch.setattr(ppo, 'LOGITS', size)
+        monkeypatch.setattr(actor_critic, 'LOGITS', size)
         got = lm(**collate(traces, 0), temperature=T)
         assert (got['logp'] - want).abs().max() < 2e-4 and (got['entropy'] - entropy).abs().max() < 2e-4
     got['logp'].sum().backward()
@@ -317,9 +320,9 @@ def test_hybrids_are_refused(tiny):
 
 def test_a_wrong_mask_is_noticed_before_a_hand_is_played(tiny, monkeypatch):
     "As it was: true and false added to the scores of eager attention."
-    tok = tiny[1]
+    tok, right = tiny[1], rollouts.sight
     wrong = lambda lm, at, width: torch.arange(width) <= at[:, None, :, None]
-    monkeypatch.setattr(generation, 'sight', wrong)
+    monkeypatch.setattr(rollouts, 'sight', wrong)
     with pytest.raises(ModelError, match='LlamaForCausalLM .*its logits are then off by'): Player(model_of('llama', tok), tok, 4, 1.)
     Player(model_of('llama', tok, 'sdpa'), tok, 4, 1.)
 
@@ -464,7 +467,7 @@ def test_a_run_leaves_a_plain_checkpoint_a_head_and_a_log(trained, pico):
     assert set(load_file(folder/'policy'/'value_head.safetensors')) == {f'{i}.{k}' for i in (0, 2, 4) for k in ('weight', 'bias')}
     assert set(weights(folder/'policy')) == set(weights(pico['qwen2'])) and not same(weights(folder/'policy'), weights(pico['qwen2']))
     line = r['log'][0]
-    assert line['hands'] == 8 and 1 <= line['turns'] <= 3 and abs(sum(line[o] for o in ppo.OUTCOMES) - 1) < 1e-9
+    assert line['hands'] == 8 and 1 <= line['turns'] <= 3 and abs(sum(line[o] for o in ppo_run.OUTCOMES) - 1) < 1e-9
     assert 0 < line['length'] <= 5 and line['ratio_min'] <= 1 <= line['ratio_max'] and line['kl'] >= 0 and line['lr'] == pytest.approx(1e-3)
 
 @pytest.mark.parametrize('kind', ['llama', 'mllama'])
@@ -513,7 +516,7 @@ def test_a_run_whose_start_was_trained_further_is_refused(trained, pico, tmp_pat
     (folder/'state-4'/'start.json').write_text(json.dumps(note | dict(start=str(start))))
     assert train_ppo(small(pico), str(start), folder, 1) == trained[1] # the same weights elsewhere
     w = load_file(start/'model.safetensors'); w['model.norm.weight'] += 1
-    ppo.atomic_write(start/'model.safetensors', ppo.save(w, dict(format='pt')))
+    atomic_write(start/'model.safetensors', save(w, dict(format='pt')))
     with pytest.raises(ParamError, match='weights='): train_ppo(small(pico), str(start), folder, 1)
 
 def test_states_without_a_note_of_settings_go_on(trained, pico, tmp_path):
@@ -601,7 +604,7 @@ def test_log_probabilities_are_fp32_over_bf16_weights(monkeypatch):
     with torch.no_grad():
         hidden = lm.base_model(input_ids=x['input_ids'], attention_mask=x['attention_mask']).last_hidden_state[0, 9:29].double()
         want = (hidden @ lm.get_output_embeddings().weight.double().T/.2).log_softmax(-1)[range(20), range(50, 70)]
-        got = {size: lm(**x, temperature=.2)['logp'] for size in (2**26, 3*500) if not monkeypatch.setattr(ppo, 'LOGITS', size)}
+        got = {size: lm(**x, temperature=.2)['logp'] for size in (2**26, 3*500) if not monkeypatch.setattr(actor_critic, 'LOGITS', size)}
     for logp in got.values(): assert logp.dtype == torch.float32 and (logp - want).abs().max() < 1e-4
 
 # several processes
@@ -615,12 +618,12 @@ import faulthandler, json, sys, torch
 faulthandler.dump_traceback_later(150) # where it hangs, if it hangs
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
-from rlsft_nb import generation, ppo
+from rlsft_nb import actor_critic, ppo, ppo_run
 from rlsft_nb.core import load_params
 from test_ppo import Scripted
 torch.set_num_threads(1)
 kind, over, start, folder = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4]
-acc = ppo.accelerator(load_params("tiny", over))
+acc = ppo_run.accelerator(load_params("tiny", over))
 if kind == "fsdp2": # accelerate itself never shards on CPU
     acc.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True, cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT")
     PartialState._shared_state["distributed_type"] = acc.state.distributed_type = DistributedType.FSDP
@@ -643,9 +646,9 @@ test_vllm.stand_in(lambda x, name, value, raising=True: setattr(x, name, value))
 train("played", "vllm") # not in a folder vllm: this script's place is on Python's path, where it would be found as a package
 assert len(test_vllm.vllm._kept) == 1 # not closed: with vLLM would go the group
 json.dump(test_vllm.LLM.made[0].synced, open(f"{folder}/synced-{acc.process_index}.json", "w"))
-ppo.Player = Scripted
+ppo_run.Player = Scripted
 train("scripted", updates=1, batch=8)
-ppo.LOGITS = (500*3, 2**26)[acc.process_index] # many chunks of logits on one process, one on the other
+actor_critic.LOGITS = (500*3, 2**26)[acc.process_index] # many chunks of logits on one process, one on the other
 train("uneven", updates=1, batch=8)
 acc.end_training()
 '''
@@ -654,7 +657,7 @@ acc.end_training()
 def test_two_processes_stay_in_step_resume_and_do_what_one_does(pico, tmp_path, kind, env, monkeypatch):
     over = dict(model=dict(source='folder', path=str(pico['qwen2'])), ppo=PPO | dict(updates=2), eval=dict(max_new_tokens=5), game=dict(attempts=3))
     (tmp_path/'ranks.py').write_text(RANKS)
-    monkeypatch.setenv('PYTHONPATH', os.path.dirname(__file__))
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([os.path.dirname(__file__), str(ROOT)]))
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', '2', str(tmp_path/'ranks.py'), kind]
     with open(tmp_path/'said', 'w') as f: subprocess.run(['timeout', '300', *launch, json.dumps(over), str(pico['qwen2']), str(tmp_path)], stdin=subprocess.DEVNULL, stdout=f, stderr=f)
     assert (tmp_path/'uneven'/'trained.json').is_file(), (tmp_path/'said').read_text()[-4000:]
@@ -665,7 +668,7 @@ def test_two_processes_stay_in_step_resume_and_do_what_one_does(pico, tmp_path, 
     assert [{k: l[k] for k in ('reward', 'length', 'kl')} for l in own] == [pytest.approx({k: l[k] for k in ('reward', 'length', 'kl')}, rel=1e-3) for l in log] and own[1]['engine'] == 'vllm'
     assert all(sorted(read_json(tmp_path/f'synced-{r}.json')) == sorted([*load_file(pico['qwen2']/'model.safetensors')]*2) for r in (0, 1))
     assert same(weights(tmp_path/'again'/'policy'), weights(tmp_path/'whole'/'policy')) and not same(weights(tmp_path/'whole'/'policy'), weights(pico['qwen2']))
-    monkeypatch.setattr(ppo, 'Player', Scripted)
+    monkeypatch.setattr(ppo_run, 'Player', Scripted)
     one = train_ppo(load_params('tiny', over | dict(ppo=over['ppo'] | dict(updates=1, batch=8))), str(pico['qwen2']), tmp_path/'one', 1)['log']
     uneven = read_json(tmp_path/'uneven'/'trained.json')['log']
     for k in ('reward', 'turns', 'length', 'policy_loss', 'value_loss', 'kl', 'grad_norm', 'explained'): assert one[0][k] == pytest.approx(two[0][k], rel=1e-3) and uneven[0][k] == pytest.approx(two[0][k], rel=1e-4), k

@@ -5,12 +5,14 @@ from types import ModuleType, SimpleNamespace
 import pytest, torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from rlsft_nb import ppo, vllm
+from rlsft_nb import ppo_run, rollouts, vllm
 from rlsft_nb.core import ParamError, load_params
 from rlsft_nb.game import hands, prompt
 from rlsft_nb.generation import encode, generate_ids, stop_ids
 from rlsft_nb.models import load_lm, save_lm
-from rlsft_nb.ppo import attach, rollout, train_ppo
+from rlsft_nb.actor_critic import attach
+from rlsft_nb.ppo import train_ppo
+from rlsft_nb.rollouts import rollout
 from rlsft_nb.vllm import NAMES, Shown, VLLMPlayer, drawn, engine, lacks
 from test_ppo import PPO, same, weights
 
@@ -37,7 +39,7 @@ class LLM:
         assert not torch.is_autocast_enabled('cpu')
         self.asked.append(sampling_params)
         was, self.turn = self.turn, torch.initial_seed()
-        if self.turn - 1 != was: self.player = ppo.Player(self.lm, self.tok, sampling_params['max_tokens'], sampling_params['temperature'], self.turn)
+        if self.turn - 1 != was: self.player = rollouts.Player(self.lm, self.tok, sampling_params['max_tokens'], sampling_params['temperature'], self.turn)
         said = self.player([p['prompt_token_ids'] for p in prompts]) # one player for the turns of a rollout
         return [SimpleNamespace(prompt_token_ids=p['prompt_token_ids'], outputs=[SimpleNamespace(token_ids=tuple(s), logprobs=None)]) for p, s in zip(prompts, said)]
 
@@ -168,7 +170,7 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize('kind', ['qwen2', 'llama'])
 def test_real_answers_come_from_the_newest_weights_unfiltered(real, wide, kind):
     cfg, (lm, tok) = small(wide/kind, temperature=1.), load_lm(str(wide/kind))
-    acc = ppo.accelerator(cfg)
+    acc = ppo_run.accelerator(cfg)
     asked = encode(tok, [prompt(h) for h in hands('val', n=8)])
     with engine(acc, attach(lm.to(acc.device)), tok, cfg) as player:
         player.vllm.temperature = 0.
