@@ -11,7 +11,7 @@ import sys
 
 from .commands import Parser, ended
 from .core import Markdown, Problem, atomic_write, cell_text, figures_dir, load_params, read_json, verdict_table
-from .drawing import png
+from .drawing import png_bytes
 
 # %% ../nbs/gallery.ipynb #f2273c17
 def published_record(name:str, model:str='tiny', seed:int=0):
@@ -206,7 +206,7 @@ def redraw_all(model:str='tiny', seed:int=0) -> dict: # name of a figure -> file
         try: fig = redraw(name, model, seed)
         except Problem as e: out[name] = str(e); continue
         of_all = (figures_dir(model)/f'{name}.json').is_file() # not of one seed
-        out[name] = atomic_write(figures_dir(model)/(f'{name}.png' if of_all else f'{name}-seed{seed}.png'), png(fig))
+        out[name] = atomic_write(figures_dir(model)/(f'{name}.png' if of_all else f'{name}-seed{seed}.png'), png_bytes(fig))
     return out
 
 # %% ../nbs/gallery.ipynb #15d4ee82
