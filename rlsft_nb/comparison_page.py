@@ -224,6 +224,8 @@ GLOSSARY = {'matrix': 'One table of weights of the model, such as the queries of
             'turned': 'The mean angle between the leading quarter of the directions before and after.',
             'chance': 'What a change of the same size without structure would do: the same entries shuffled over the matrix, with random signs.',
             'beyond': 'Outside the interval that holds 95 % of what chance does: 1 matrix in 40 lies above it and 1 in 40 below when nothing was learned.'}
+
+# %% ../nbs/comparison_page.ipynb #d2e61869
 def notes(opened:list # summaries of checkpoints, in order
     ) -> list:
     "What is to be known about how the checkpoints were read."
@@ -233,6 +235,7 @@ def notes(opened:list # summaries of checkpoints, in order
         out += [f"{x}: {n}." for n in o['notes']] + [f"{x}: {l['tensors']} tensors with {l['parameters']/max(o['parameters'], 1):.2%} of the parameters are no matrices ({l['why']}); they are only compared value by value." for l in o['left_out']]
     return out
 
+# %% ../nbs/comparison_page.ipynb #2c558958
 SAYS = dict(overview='Every matrix of the layers: red turned (left) or changed its strengths (right) further than chance, blue less far; a dot where that is outside the 95 % interval.',
             matrices='The matrices furthest beyond chance. Coloured: measured. Grey: what chance gives. Black dashes: directions that have nothing to do with each other.')
 

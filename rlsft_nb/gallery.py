@@ -120,12 +120,12 @@ def _fig7(get, cfg, about):
     from rlsft_nb.restore import fig_ranks
     return fig_ranks(get('fig7'), f'Figure 7: {about}')
 
+# %% ../nbs/gallery.ipynb #9c4d9538
 @figure('restore-seeds')
 def _restore_seeds(get, cfg, about):
     from rlsft_nb.restore import fig_seeds
     return fig_seeds(get('restore-seeds'), cfg.name)
 
-# %% ../nbs/gallery.ipynb #9c4d9538
 @figure('repairs')
 def _repairs(get, cfg, about):
     from rlsft_nb.repairs import fig_repairs
@@ -137,6 +137,7 @@ def _figA(get, cfg, about):
     from rlsft_nb.drift import fig_theory
     return fig_theory(get('figA'), f'Figure A: {about}')
 
+# %% ../nbs/gallery.ipynb #2fca7af3
 @figure('explore')
 def _explore(get, cfg, about):
     from rlsft_nb.explore import fig_tries
