@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['PAIR', 'BAND', 'FIRST', 'STORED', 'LAW', 'RANGE', 'GUIDE', 'COLUMNS', 'GLOSSARY', 'SAYS', 'CHAIN_WORDS', 'WAYS',
            'positions', 'draw_values', 'draw_principal', 'draw_vectors', 'series', 'panel_grid', 'long_side',
-           'turned_text', 'fig_pair', 'fig_overview', 'left_out', 'headline', 'how_much', 'where', 'html_table',
-           'html_image', 'html_page', 'notes', 'html_list', 'page', 'write_report', 'fig_chain', 'write_chain_report',
-           'chain_left', 'revisions', 'brief', 'main']
+           'turned_text', 'fig_pair', 'fig_overview', 'left_out', 'headline', 'how_much', 'where', 'notes', 'page',
+           'write_report', 'fig_chain', 'write_chain_report', 'chain_left', 'revisions', 'brief', 'main']
 
 # %% ../nbs/comparison_page.ipynb #19e0ddd7
 from pathlib import Path
-import base64, csv, html, io, math, re, statistics, sys
+import csv, io, math, re, statistics, sys
 
 import numpy as np
 
 from .commands import parser, run
-from .drawing import BLACK, BLUE, GREEN, GREY, OKABE, PALE, PURPLE, SKY, VERMILION, caption, drawn, legend, panels, png
+from .drawing import BLACK, BLUE, GREEN, GREY, OKABE, PALE, PURPLE, SKY, VERMILION, caption, drawn, legend, panels, png_bytes
 from .core import ParamError, atomic_write, write_json
+from .pages import html_image, html_list, html_page, html_table
 
 # %% ../nbs/comparison_page.ipynb #3b37616b
 PAIR = {'SFT': GREEN, 'SFT from peak': SKY, 'RL': PURPLE} # colours of the pairs of the paper
@@ -224,46 +224,8 @@ GLOSSARY = {'matrix': 'One table of weights of the model, such as the queries of
             'turned': 'The mean angle between the leading quarter of the directions before and after.',
             'chance': 'What a change of the same size without structure would do: the same entries shuffled over the matrix, with random signs.',
             'beyond': 'Outside the interval that holds 95 % of what chance does: 1 matrix in 40 lies above it and 1 in 40 below when nothing was learned.'}
-_STYLE = """:root{color-scheme:light dark;--ink:#1a1a1a;--paper:#fff;--line:#d8d8d8;--soft:#f4f4f2;--grey:#5c5c5c}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e6e6;--paper:#161616;--line:#3a3a3a;--soft:#222;--grey:#a8a8a8}}
-*{box-sizing:border-box}body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;margin:0 auto;padding:1rem;overflow-wrap:anywhere}
-h1{font-size:1.5rem;line-height:1.2;margin:.5rem 0}h2{font-size:1.1rem;margin:2rem 0 .5rem}.from{color:var(--grey)}ul.first{background:var(--soft);padding:1rem 1rem 1rem 2rem;border-radius:.5rem}
-.wide{overflow-x:auto}.wide img{width:100%;min-width:40rem;background:#fff;border-radius:.3rem}table{border-collapse:collapse;font-size:.85rem}
-td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}th{white-space:normal;overflow-wrap:normal;vertical-align:bottom}td:first-child,th:first-child{text-align:left}
-dt{font-weight:600}dd{margin:0 0 .5rem 1rem}@media print{body{max-width:none;font-size:10pt}.wide{overflow:visible}.wide img{min-width:0}tr{break-inside:avoid}}"""
 
-def _told(v) -> str: return '' if v is None else f'{v:.3g}' if isinstance(v, float) else html.escape(str(v))
-
-def html_table(rows:list,    # of dicts
-               columns:dict, # key -> heading
-               most=300      # rows
-    ) -> str:
-    "A table that scrolls by itself."
-    body = ''.join('<tr>' + ''.join(f'<td>{_told(r.get(c))}</td>' for c in columns) + '</tr>' for r in rows[:most])
-    more = f'<p>{len(rows) - most} more are in the Parquet file.</p>' if len(rows) > most else ''
-    return f'<div class="wide"><table><tr>{"".join(f"<th>{html.escape(c)}</th>" for c in columns.values())}</tr>{body}</table></div>{more}'
-
-def html_image(png:bytes, says:str # what stands below, and is read out
-    ) -> str:
-    "A picture inside the page."
-    return f'<figure class="wide" style="margin:1rem 0"><img alt="{html.escape(says)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure><p class="from">{html.escape(says)}</p>'
-
-def html_page(title:str,
-              sources:dict, # name -> what was compared
-              first:list,   # lines that answer what is asked
-              parts:list,   # HTML
-              words=GLOSSARY
-    ) -> str:
-    "One page: title, what was compared, the first lines, the rest."
-    e = html.escape
-    lines, glossary = ''.join(f'<li>{e(x)}</li>' for x in first if x), ''.join(f'<dt>{e(k)}</dt><dd>{e(v)}</dd>' for k, v in words.items())
-    return f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{e(title)}</title>
-<style>{_STYLE}</style>
-<h1>{e(title)}</h1><p class="from">{'<br>'.join(f'{e(k)}: {e(str(v))}' for k, v in sources.items())}</p>
-<ul class="first">{lines}</ul>{''.join(parts)}
-<h2>Words</h2><dl>{glossary}</dl></html>
-'''
-
+# %% ../nbs/comparison_page.ipynb #d2e61869
 def notes(opened:list # summaries of checkpoints, in order
     ) -> list:
     "What is to be known about how the checkpoints were read."
@@ -273,10 +235,7 @@ def notes(opened:list # summaries of checkpoints, in order
         out += [f"{x}: {n}." for n in o['notes']] + [f"{x}: {l['tensors']} tensors with {l['parameters']/max(o['parameters'], 1):.2%} of the parameters are no matrices ({l['why']}); they are only compared value by value." for l in o['left_out']]
     return out
 
-def html_list(title:str, items:list) -> str:
-    "Lines under a heading; nothing where there are none."
-    return f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in items)}</ul>" if items else ''
-
+# %% ../nbs/comparison_page.ipynb #2c558958
 SAYS = dict(overview='Every matrix of the layers: red turned (left) or changed its strengths (right) further than chance, blue less far; a dot where that is outside the 95 % interval.',
             matrices='The matrices furthest beyond chance. Coloured: measured. Grey: what chance gives. Black dashes: directions that have nothing to do with each other.')
 
@@ -288,8 +247,8 @@ def page(found:dict,  # from `compare`
     ends = [f"Embedding and head of {k.upper()}: mean cosine of a token's two rows {v['cosine']:.3f} (chance ±{2*v['cosine_by_chance']:.3f}); leading directions {v['angle']:.1f}° apart (chance {v['angle_by_chance']:.1f}°)." for k, v in found['ends'].items()]
     how = [f"Chance: {s['null']}, {s['draws']} draws for each matrix, seed {s['seed']}."] + notes(list(found.get('opened', {}).values()))
     first = [headline(found).split(' Left out: ')[0], how_much(found), where(found), left_out(found) or 'Nothing was left out.']
-    parts = [html_image(png, SAYS[n]) for n, png in figures.items()] + ['<h2>Every matrix</h2>', html_table(rows, COLUMNS), html_list('Embedding and head', ends), html_list('How it was measured', how)]
-    return html_page('Are these checkpoints different?', dict(A=found['a'], B=found['b']), first, parts)
+    parts = [html_image(b, SAYS[n]) for n, b in figures.items()] + ['<h2>Every matrix</h2>', html_table(rows, COLUMNS), html_list('Embedding and head', ends), html_list('How it was measured', how)]
+    return html_page('Are these checkpoints different?', dict(A=found['a'], B=found['b']), first, parts, GLOSSARY)
 
 def _rows(found) -> list:
     "Rows of the page's table, those furthest beyond chance first where they are too many."
@@ -319,8 +278,8 @@ def write_report(found:dict, # from `compare`
     from rlsft_nb.comparison import summary
     out, label, turned = Path(out), 'B against A', {n: r for n, r in found['matrices'].items() if 'verdicts' in r}
     furthest = sorted(turned, key=lambda n: -turned[n]['verdicts']['lead']['ratio'])[:8]
-    figures = dict(overview=png(fig_overview({label: summary(found)}, 'Every matrix of the layers'))) if any(r['layer'] >= 0 for r in found['matrices'].values()) else {}
-    if furthest: figures['matrices'] = png(fig_pair({label: found}, [n for n in turned if n in furthest], f'The {len(furthest)} matrices furthest beyond chance'))
+    figures = dict(overview=png_bytes(fig_overview({label: summary(found)}, 'Every matrix of the layers'))) if any(r['layer'] >= 0 for r in found['matrices'].values()) else {}
+    if furthest: figures['matrices'] = png_bytes(fig_pair({label: found}, [n for n in turned if n in furthest], f'The {len(furthest)} matrices furthest beyond chance'))
     files = {**_tabular('spectra', summary(found)), **{f'{n}.png': b for n, b in figures.items()}, 'report.html': page(found, figures)}
     return [write_json(out/'spectra.json', found)] + [atomic_write(out/n, b) for n, b in files.items()]
 
@@ -351,13 +310,14 @@ def fig_chain(found:dict, # from `compare_chain`
     ):
     "Cosine with chance, share inside and size, over depth."
     from rlsft_nb.chain import short_names
-    names, (fig, [axes]) = short_names(found['points']), panels(1, 3, 4.2, 3.6)
+    names, (fig, [axes]) = short_names(found['points']), panels(1, 3, 4.2, 3.8)
     rows = sorted(((r['layer'], r['pairs'][i], r['steps']) for r in found['matrices'].values() if r['pairs'][i]), key=lambda x: x[0])
     x = np.array([l for l, *_ in rows])
     if rows: _draw_cosines(*axes[:2], x, rows)
     for j, color in ((i, GREEN), (i + 1, PURPLE)): axes[2].plot(x, [s[j]['size'] for *_, s in rows], 'o', color=color, label=f'{names[j]} to {names[j + 1]}')
     axes[2].set_yscale('log')
-    for ax, what in zip(axes, ('cosine of the second update\nwith the first', 'share of the second update\ninside the first', 'size, |ΔW|/|W|')): ax.set(ylabel=what, xlabel='layer (-1: outside)')
+    told = ('second update and first', 'cosine'), ('second update inside the first', 'share'), ('size of the updates', '|ΔW|/|W|')
+    for ax, (what, unit) in zip(axes, told): ax.set(title=what, ylabel=unit, xlabel='layer (-1: outside)')
     legend(fig, [BAND])
     count = {way: sum(p['verdict'] == way for _, p, _ in rows) for way in WAYS}
     caption(fig, 'The second update, matrix by matrix: ' + ', '.join(f'{n} {way}' for way, n in count.items()), f'{names[i]}, {names[i + 1]}, {names[i + 2]}; band and dashes: 95 % of shuffled updates, and updates of other matrices')
@@ -376,7 +336,7 @@ def write_chain_report(found:dict, # from `compare_chain`
     "Records, table, figures and the one-file report of a chain."
     from rlsft_nb.chain import chain_sentence, chain_summary
     out, rows, n = Path(out), chain_summary(found), len(found['points'])
-    figures = {f'chain-{i + 1}' if n > 3 else 'chain': png(fig_chain(found, i)) for i in range(n - 2) if found['overall'][i]}
+    figures = {f'chain-{i + 1}' if n > 3 else 'chain': png_bytes(fig_chain(found, i)) for i in range(n - 2) if found['overall'][i]}
     first = [chain_sentence(found, i) for i in range(n - 2)] + [chain_left(found) or 'Nothing was left out.']
     s = found['settings']
     how = [f"{s['draws']} shuffles and up to {s['draws']} other matrices of the same shape for each matrix, seed {s['seed']}. Updates are numbered in order."] + notes(found['opened'])

@@ -11,9 +11,10 @@ from pathlib import Path
 import html, sys
 
 from .commands import parser, run
-from .comparison_page import html_image, html_list, html_page, html_table, notes, revisions
+from .comparison_page import notes, revisions
 from .core import atomic_write
-from .drawing import OKABE, png
+from .drawing import OKABE, png_bytes
+from .pages import html_image, html_list, html_page, html_table
 
 # %% ../nbs/forget_page.ipynb #9cda88fe
 LABELS = dict(old_loss='loss on old text, after less before', old_forward='KL base to tuned, old text', old_reverse='KL tuned to base, old text', old_changed='changed next tokens, old text',
@@ -123,7 +124,7 @@ def card_page(found:dict # from `forget`
     e, names = html.escape, _short(found)
     each = [f'<h2>{e(name)}</h2>{_meanings(c)}' for name, c in zip(names, found['cards'])]
     table = html_table(card_rows(found), dict(quantity='quantity') | {f'{i}': n for i, n in enumerate(names)} | dict(unit='unit'))
-    picture = html_image(png(fig_card(found)), 'Each tuned model beside its base. Dots: measured, with 95 % intervals; grey dashes: chance, or no change.')
+    picture = html_image(png_bytes(fig_card(found)), 'Each tuned model beside its base. Dots: measured, with 95 % intervals; grey dashes: chance, or no change.')
     sources = dict(base=found['base']) | {n: c['source'] for n, c in zip(names, found['cards'])}
     return html_page('What did fine-tuning forget?', sources, first_lines(found), [picture, '<h2>Side by side</h2>', table, *each, html_list('How it was measured', how_made(found))], WORDS)
 

@@ -11,7 +11,7 @@ import sys
 
 from .commands import Parser, ended
 from .core import Markdown, Problem, atomic_write, cell_text, figures_dir, load_params, read_json, verdict_table
-from .drawing import png
+from .drawing import png_bytes
 
 # %% ../nbs/gallery.ipynb #f2273c17
 def published_record(name:str, model:str='tiny', seed:int=0):
@@ -120,12 +120,12 @@ def _fig7(get, cfg, about):
     from rlsft_nb.restore import fig_ranks
     return fig_ranks(get('fig7'), f'Figure 7: {about}')
 
+# %% ../nbs/gallery.ipynb #9c4d9538
 @figure('restore-seeds')
 def _restore_seeds(get, cfg, about):
     from rlsft_nb.restore import fig_seeds
     return fig_seeds(get('restore-seeds'), cfg.name)
 
-# %% ../nbs/gallery.ipynb #9c4d9538
 @figure('repairs')
 def _repairs(get, cfg, about):
     from rlsft_nb.repairs import fig_repairs
@@ -137,6 +137,7 @@ def _figA(get, cfg, about):
     from rlsft_nb.drift import fig_theory
     return fig_theory(get('figA'), f'Figure A: {about}')
 
+# %% ../nbs/gallery.ipynb #2fca7af3
 @figure('explore')
 def _explore(get, cfg, about):
     from rlsft_nb.explore import fig_tries
@@ -206,7 +207,7 @@ def redraw_all(model:str='tiny', seed:int=0) -> dict: # name of a figure -> file
         try: fig = redraw(name, model, seed)
         except Problem as e: out[name] = str(e); continue
         of_all = (figures_dir(model)/f'{name}.json').is_file() # not of one seed
-        out[name] = atomic_write(figures_dir(model)/(f'{name}.png' if of_all else f'{name}-seed{seed}.png'), png(fig))
+        out[name] = atomic_write(figures_dir(model)/(f'{name}.png' if of_all else f'{name}-seed{seed}.png'), png_bytes(fig))
     return out
 
 # %% ../nbs/gallery.ipynb #15d4ee82

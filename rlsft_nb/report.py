@@ -10,8 +10,7 @@ import base64, struct, sys
 from importlib.resources import files
 from pathlib import Path
 
-import jinja2
-import yaml
+import jinja2, markupsafe, yaml
 
 import rlsft_nb
 from .commands import parser, run
@@ -21,6 +20,7 @@ from .claims import here_text, judge_claims, load_claims, seeds_text, shown, tal
 from .judging import VERDICTS, interval, told
 from .agree import agreement, lines
 from .records import find, home, made_here, run_key, seeds_of, shown_path
+from .pages import style
 
 # %% ../nbs/report.ipynb #fc3e8747
 def png_size(data:bytes) -> tuple: # (width, height) in pixels
@@ -67,6 +67,7 @@ MARKS = dict(zip(VERDICTS, '✓✗≈–○'))
 def template() -> jinja2.Template:
     "The page without its data."
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env.globals['style'] = markupsafe.Markup(style())
     return env.from_string(files('rlsft_nb').joinpath('data', 'report.html').read_text(encoding='utf-8'))
 
 def _stage(name, s) -> dict:
@@ -82,12 +83,18 @@ def _file(name, records, cfg) -> dict:
 # %% ../nbs/report.ipynb #92805072
 def origins(cfg, seeds:list) -> str:
     "Where the records of each seed come from, as a sentence."
-    if not seeds_of(cfg): return f'Nothing of {cfg.name} with these parameters is here: make paper MODEL={cfg.name}'
+    if not seeds_of(cfg): return f'Nothing of {cfg.name} with these parameters is here: make paper MODEL={cfg.name}. What has a verdict needs no run.'
     here = [s for s in seeds if run_key(cfg) or made_here(cfg, s)]
     listed = lambda ns: f"seed{'s'*(len(ns) > 1)} {', '.join(map(str, ns))}"
     told = [(here, 'made here'), ([s for s in seeds if s not in here], 'as published')]
     return '; '.join(f'{listed(ns)} {what}' for ns, what in told if ns).capitalize() + '.'
 
+# %% ../nbs/report.ipynb #d53fd367
+def _first(t, entries, figures) -> dict: # of `load_claims`
+    "The findings with their figures, and the figure that stands beside them."
+    by_id, drawn = {e['id']: e for e in entries}, {n: f for f, g in zip(figures, t['figures']) for n in g['name']}
+    found = [(by_id[f['id']], drawn[f['figure']]) for f in t['findings']]
+    return dict(findings=found, main=next((f for _, f in found if f['data']), dict(name='', data='')))
 
 # %% ../nbs/report.ipynb #19de7848
 def content(model:str,         # a file in params/
@@ -99,13 +106,15 @@ def content(model:str,         # a file in params/
     r = judge_claims(cfg, seeds)
     entries, figures = [entry(c, l) for c, l in zip(r['claims'], t['claims'])], [figure(f, t['records'], cfg, seeds[0]) for f in t['figures']]
     many = f' SEEDS={len(seeds)}' if len(seeds) > 1 else ''
-    return dict(r=r | dict(numbers=[_points(n) for n in r['numbers']]), tally=tally(r) if seeds_of(cfg) else {'not run': len(entries)}, marks=MARKS, origin=origins(cfg, seeds), about=_about(cfg),
-        made=provenance(), version=rlsft_nb.__version__, sections=[(title, [e for e in entries if e['at'][0] == k]) for k, title in t['sections'].items()], figures=figures,
+    ran = bool(seeds_of(cfg)) # some claims are of mathematics alone, and have verdicts before anything is run
+    return dict(r=r | dict(numbers=[_points(n) for n in r['numbers']]), tally=tally(r) if ran else {'not run': len(entries)}, given=tally(r), marks=MARKS, origin=origins(cfg, seeds), about=_about(cfg),
+        made=provenance(), version=rlsft_nb.__version__, sections=[(title, [e for e in entries if e['at'][0] == k]) for k, title in t['sections'].items()], figures=figures, **_first(t, entries, figures),
         beyond=_beyond(r['numbers'], 'fisher'), beyond_holm=_beyond(r['numbers'], 'holm'), rho=told(round(r['sweep']['rho'], 2) + 0., 'number'),
         configuration=yaml.safe_dump(plain_dict(cfg), sort_keys=False, width=100, allow_unicode=True), stages=[_stage(n, s) for n, s in r['stages'].items()],
         files=[_file(n, t['records'], cfg) | dict(sha256=s) for n, s in r['files'].items()],
-        paper_command=f'make paper MODEL={model}{many}', report_command=f'python -m rlsft_nb.report --model {model}')
+        paper_command=f'make paper MODEL={model}{many}', report_command=f'make report MODEL={model}')
 
+# %% ../nbs/report.ipynb #6133cf51
 def _points(n) -> dict:
     "A difference in points."
     bare = lambda text: text.removesuffix(' points')

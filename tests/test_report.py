@@ -29,7 +29,7 @@ def text(told): return template().render(told)
 
 class Page(HTMLParser):
     "Tags with their attributes, ids, text by tag, and what encloses each table."
-    VOID = {'meta', 'link', 'img', 'br'}
+    VOID = {'meta', 'link', 'img', 'br', 'input'}
     def __init__(self, text):
         super().__init__()
         self.tags, self.open, self.said, self.tables, self.wrong = [], [], [], [], []
@@ -71,11 +71,31 @@ def test_page_can_be_read_by_anybody(text):
 def test_page_says_what_the_records_say(text, told):
     c, plain = told, html.unescape(re.sub('<[^>]+>', ' ', text)).replace('\xa0', ' ')
     for claim in c['r']['claims']: assert claim['claim'] in plain and claim['here'] in plain and claim['threshold'] in plain
-    assert 'tiny/ppo-1a2b3c4d' in text and 'H100' in text and 'make paper MODEL=tiny SEEDS=2' in text and 'learning' not in text
+    assert 'tiny/ppo-1a2b3c4d' in text and 'H100' in text and 'make paper MODEL=tiny SEEDS=2' in text and 'learning_rate' not in text
     for name, sha in c['r']['files'].items(): assert f'figures/tiny/{name}' in text and sha[:16] in text
     assert 'papermill nbs/02_sft.ipynb -p model tiny -p seed 1' in text and 'embedded' in text
     drawn, missing = ([f for f in c['figures'] if bool(f['data']) == b] for b in (True, False))
     assert [f['name'] for f in drawn] == ['fig1', 'fig2', 'sweep', 'fig4-law'] and 'Not drawn yet' in text and all(f['command'] in plain for f in missing)
+
+def test_claims_are_filtered_by_verdict_without_a_script(text, told):
+    p = Page(text)
+    ids = [a['id'] for a in p.all('input')]
+    assert ids == ['show-all', *(f"show-{v.replace(' ', '-')}" for v in told['given'])] and {a['for'] for a in p.all('label')} == set(ids)
+    rows = [a['class'] for a in p.all('tr') if a.get('class', '').startswith('claim ')]
+    assert len(rows) == len(told['r']['claims']) == sum(told['given'].values())
+    for v in VERDICTS: assert f"#show-{v.replace(' ', '-')}:checked) ~ .scroll tr.claim:not(.{v.replace(' ', '-')})" in text
+
+def test_findings_and_what_they_need(text, told):
+    assert [c['id'] for c, _ in told['findings']] == [f['id'] for f in load_claims()['findings']] and len(told['findings']) == 6
+    plain = html.unescape(re.sub('<[^>]+>', ' ', text))
+    for word in ('Four cards', 'In distribution', 'Out of distribution', 'To make all of it again'): assert plain.index(word) < plain.index('In the order of the paper')
+    assert Page(text).all('figure')[0]['id'] == f"figure-{told['main']['name']}" and text.count(f"id=\"figure-{told['main']['name']}\"") == 1
+
+def test_a_model_that_was_never_run_has_no_tally_of_verdicts(capsys, tmp_path):
+    assert main(['--model', 'smollm2', '--out', str(tmp_path/'r.html')]) == 0
+    n = len(load_claims()['claims'])
+    assert capsys.readouterr().out.splitlines()[1] == f'{n} not run'
+    assert 'make paper MODEL=smollm2' in (tmp_path/'r.html').read_text()
 
 def test_nothing_becomes_markup(tmp_path):
     r = fake()
