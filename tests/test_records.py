@@ -72,7 +72,7 @@ def test_only_publish_changes_what_is_published(tmp_path, monkeypatch):
 
 def test_a_model_that_never_ran_has_no_verdicts():
     c = content('smollm2')
-    assert c['tally'] == {'not run': len(c['r']['claims'])} and c['origin'] == 'Nothing of smollm2 with these parameters is here: make paper MODEL=smollm2'
+    assert c['tally'] == {'not run': len(c['r']['claims'])} and c['origin'] == 'Nothing of smollm2 with these parameters is here: make paper MODEL=smollm2. What has a verdict needs no run.'
 
 def test_paths_as_they_are_typed(tmp_path):
     assert shown_path(records_dir(TINY)/'a.json') == 'runs/tiny/records/a.json' and shown_path(tmp_path/'figures'/'tiny'/'a.json') == 'figures/tiny/a.json'
