@@ -144,7 +144,7 @@ def test_digits_spell_numbers_and_the_record_is_of_the_weights_that_ship():
 def test_training_goes_on_from_given_weights(tmp_path):
     from rlsft_nb.digits import Practice
     tok = make_tokenizer(words=False)
-    first = pretrain(tmp_path/'a', 10, size=4, width=32, layers=1, corpus=Practice(0), tok=tok, save=2)
+    first = pretrain(tmp_path/'a', 10, size=4, width=64, layers=1, corpus=Practice(0), tok=tok, save=2)
     more = pretrain(tmp_path/'b', 5, size=4, corpus=Practice(1), tok=tok, start=str(tmp_path/'a'/'base'), peak=1e-9, save=2)
     a, b = (load_lm(str(tmp_path/n/'base'))[0].state_dict() for n in 'ab')
     assert first['step'] == 10 and more['step'] == 5 and all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
