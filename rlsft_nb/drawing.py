@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'OKABE', 'GREY', 'PALE', 'CELL', 'STYLE',
            'INTERVALS', 'drawn', 'panels', 'caption', 'key', 'legend', 'beside', 'percent', 'accuracy_axis', 'rates',
-           'log_ticks', 'png_bytes']
+           'log_ticks', 'rendered', 'png_bytes']
 
 # %% ../nbs/drawing.ipynb #4cf7b6c0
 from functools import wraps
@@ -96,9 +96,14 @@ def log_ticks(axis): # ax.xaxis or ax.yaxis, already logarithmic
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if hi < 200*lo else (1,))); axis.set_major_formatter('{x:g}'); axis.set_minor_formatter('')
 
 # %% ../nbs/drawing.ipynb #61c7c0b6
+def rendered(fig, dpi:int=120) -> bytes:
+    "A figure as PNG; the same data give the same bytes."
+    fig.savefig(buf := io.BytesIO(), format='png', dpi=dpi, bbox_inches='tight', metadata=dict(Software=None))
+    return buf.getvalue()
+
 def png_bytes(fig, dpi:int=120) -> bytes:
     "A figure as PNG, and closed."
     import matplotlib.pyplot as plt
-    fig.savefig(buf := io.BytesIO(), format='png', dpi=dpi, bbox_inches='tight', metadata=dict(Software=None))
+    out = rendered(fig, dpi)
     plt.close(fig)
-    return buf.getvalue()
+    return out

@@ -472,13 +472,14 @@ def refresh(names:list # notebooks such as 'core'; all where empty
         nbdev_clean(str(p))
 
 # %% ../nbs/paper.ipynb #63aac88c
-def publish_runs(model:str) -> int: # exit code
+def publish_runs(model:str, dry:bool=False # only say what would be done
+    ) -> int:                              # exit code
     "Publish one's own records of a model, and how long its notebooks took."
     from rlsft_nb.core import Problem, cpu, figures_dir, load_params, write_json
     from rlsft_nb.records import publish
-    try: load_params(model); done = publish(model)
+    try: load_params(model); done = publish(model, dry)
     except Problem as e: return _refuse(e)
-    if known := known_seconds(model): write_json(figures_dir(model)/'seconds.json', dict(cpu=cpu(), notebooks=known))
+    if (known := known_seconds(model)) and not dry: write_json(figures_dir(model)/'seconds.json', dict(cpu=cpu(), notebooks=known))
     print(*(f'{what}: {name}' for what in ('new', 'changed') for name in done[what]), sep='\n')
     print(*(f'not published: {name}: {why}' for name, why in done['refused'].items()), sep='\n', end='\n'*bool(done['refused']))
     print(f"{len(done['new'])} new, {len(done['changed'])} changed, {len(done['same'])} as they were, {len(done['refused'])} refused.")
@@ -492,13 +493,14 @@ def publish_runs(model:str) -> int: # exit code
 @click.option('--seed', default=0, show_default=True)
 @click.option('--seeds', default=1, show_default=True, help='how many, from 0 on, side by side, with a summary')
 @click.option('-v', '--verbose', is_flag=True, help='also list every file that was made')
-def main(task, names, model, seed, seeds, verbose):
+@click.option('--dry-run', is_flag=True, help='publish: only say what would be done')
+def main(task, names, model, seed, seeds, verbose, dry_run):
     "Run the numbered notebooks; or publish what they made; or make README.md; or refresh stored outputs; or look for drift."
     from rlsft_nb.core import Problem, repository
     try: repository()
     except Problem as e: sys.exit(_refuse(e))
     if task == 'run': sys.exit(run_paper(model, seed, seeds, verbose))
-    if task == 'publish': sys.exit(publish_runs(model))
+    if task == 'publish': sys.exit(publish_runs(model, dry_run))
     if task == 'readme': write_readme()
     if task == 'refresh': refresh(names)
     changed = drift() if task == 'drift' else []

@@ -7,10 +7,11 @@ __all__ = ['DECIDE', 'MERELY', 'KEEP', 'decides', 'run_key', 'records_dir', 'mad
            'Stranger', 'read_record', 'save_figure', 'save_record', 'publish']
 
 # %% ../nbs/records.ipynb #c42ea00a
-import hashlib, io, json, re
+import hashlib, json, re
 from pathlib import Path
 
 from .core import ROOT, Problem, atomic_write, figures_dir, load_params, plain_dict, read_json, runs_root, stages_used, tell_runner, write_json
+from .drawing import rendered
 
 # %% ../nbs/records.ipynb #6a81df25
 DECIDE = ('model', 'game', 'eval', 'sft', 'ppo', 'spectra', 'restore', 'theory') # sections of params/base.yaml
@@ -33,8 +34,8 @@ def records_dir(cfg) -> Path: # runs/<model>/records, or records-<key>
     return runs_root()/cfg.name/'-'.join(filter(None, ('records', run_key(cfg))))
 
 def made_here(cfg, seed:int) -> bool:
-    "Whether a seed has records of one's own."
-    return any(records_dir(cfg).glob(f'*-seed{seed}.json'))
+    "Whether a seed is one's own: its SFT, from which all else comes, has a record here."
+    return (records_dir(cfg)/f'fig2-seed{seed}.json').is_file()
 
 def home(cfg, seed:int) -> Path: # a folder
     "Where the records of a seed are read: all from one's own run, where there is one or where parameters are one's own; else all from the published ones."
@@ -43,16 +44,15 @@ def home(cfg, seed:int) -> Path: # a folder
 def seeds_of(cfg) -> list: # ascending
     "The seeds that have records of SFT, from which all others come."
     folders = [records_dir(cfg), *([] if run_key(cfg) else [figures_dir(cfg.name)])]
-    found = {int(m[1]) for d in folders for p in d.glob('fig2-*.json') if (m := re.fullmatch(r'fig2-seed(\d+)', p.stem))}
-    return sorted(s for s in found if (home(cfg, s)/f'fig2-seed{s}.json').is_file())
+    return sorted({int(m[1]) for d in folders for p in d.glob('fig2-*.json') if (m := re.fullmatch(r'fig2-seed(\d+)', p.stem))})
 
 # %% ../nbs/records.ipynb #6ebb84e4
-def find(cfg, name:str, seed:int=-1 # 'fig1.png' and 0: fig1-seed0.png, or fig1.png where there is none
-    ) -> Path:                      # None where there is none
+def find(cfg, name:str, seed:int # 'fig1.png' and 0: fig1-seed0.png, or fig1.png where there is none
+    ) -> Path:                   # None where there is none
     "A file of a run."
     stem, dot, kind = name.rpartition('.')
     alone = [records_dir(cfg)/name, *([] if run_key(cfg) else [figures_dir(cfg.name)/name])]
-    return next((p for p in ([home(cfg, seed)/f'{stem}-seed{seed}.{kind}'] if seed >= 0 else []) + alone if p.is_file()), None)
+    return next((p for p in (home(cfg, seed)/f'{stem}-seed{seed}.{kind}', *alone) if p.is_file()), None)
 
 # %% ../nbs/records.ipynb #9a81da19
 def shown_path(path) -> str:
@@ -80,9 +80,7 @@ def save_figure(fig,      # a matplotlib figure
                 cfg       # of the run
     ) -> Path:            # <name>.png in `records_dir`
     "Save a figure; the same data give the same bytes."
-    buf = io.BytesIO()
-    fig.savefig(buf, format='png', dpi=120, bbox_inches='tight', metadata=dict(Software=None))
-    path = atomic_write(records_dir(cfg)/f'{name}.png', buf.getvalue())
+    path = atomic_write(records_dir(cfg)/f'{name}.png', rendered(fig))
     tell_runner('figures', path)
     return path
 

@@ -55,6 +55,7 @@ def test_the_time_that_is_left(tmp_path):
 
 def test_publishing_from_the_command(tmp_path, capsys):
     keep(dict(fig2=fake()['fig2']))
+    assert publish_runs('tiny', dry=True) == 0 and not (tmp_path/'figures'/'tiny').exists() and capsys.readouterr().out.startswith('new: fig2-seed0.json')
     assert publish_runs('tiny') == 0 and (tmp_path/'figures'/'tiny'/'fig2-seed0.json').is_file()
     assert capsys.readouterr().out.splitlines() == ['new: fig2-seed0.json', '1 new, 0 changed, 0 as they were, 0 refused.']
     assert publish_runs('nothing') == 2 and "model='nothing' has no file in params/" in capsys.readouterr().err

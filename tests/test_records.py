@@ -42,6 +42,13 @@ def test_a_seed_is_all_ones_own_or_all_published(tmp_path):
     assert find(TINY, 'fig2.json', 0).parent == records_dir(TINY) and find(TINY, 'fig1.json', 0) is None # not one's own SFT beside published RL
     assert read_json(tmp_path/'figures'/'tiny'/'fig2-seed0.json') == dict(n='fig2-seed0')
 
+def test_what_rests_on_published_records_alone_makes_no_seed_ones_own(tmp_path):
+    "Claims or a tour by themselves, on a fresh clone, write records of a seed that was never run here."
+    for n in ('fig2-seed0', 'fig1-seed0'): write_json(tmp_path/'figures'/'tiny'/f'{n}.json', dict(n=n))
+    before = table('tiny')
+    for n in ('claims-seed0', 'explore-seed0', 'fig5-seed0'): save_record(n, dict(n='mine'), TINY)
+    assert table('tiny') == before and seeds_of(TINY) == [0] and home(TINY, 0) == tmp_path/'figures'/'tiny' and origins(TINY, [0]) == 'Seed 0 as published.'
+
 def test_overrides_never_join_the_seeds(tmp_path):
     write_json(tmp_path/'figures'/'tiny'/'fig2-seed3.json', dict(n='published'))
     before = table('tiny')
