@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
-from .core import ParamError
+from .problems import ParamError
 from .generation import ModelError, at_rest
 from .rollouts import CALL_FAULTS, apart, fault, tolerance
 
@@ -130,6 +129,7 @@ def action_logp(logp:Tensor, # (tokens,) of all answers of `traces`, in order
 # %% ../nbs/actor_critic.ipynb #95c8dbed
 def recompute(lm): # `lm`, changed in place
     "Layers that keep their input alone and are computed again in the backward pass."
+    from transformers.modeling_layers import GradientCheckpointingLayer # takes a second
     layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers: raise ParamError(f'ppo.checkpointing=True: {type(lm).__name__} has no layers that can be computed again')
     def again(forward): return lambda *args, **how: (partial(checkpoint, forward, use_reentrant=False) if torch.is_grad_enabled() else forward)(*args, **how)

@@ -7,24 +7,30 @@ __all__ = ['SHARE', 'inside', 'beside', 'agreement', 'lines', 'main']
 
 # %% ../nbs/agree.ipynb #d394a6c1
 import sys
+from collections import Counter
 
 from .claims import judge_claims
 from .commands import parser, run
-from .core import figures_dir, load_params
-from .records import made_here, seeds_of
+from .intervals import one_more
+from .parameters import load_params
+from .places import figures_dir
+from .records import made_here, published_seeds, seeds_of
 
 # %% ../nbs/agree.ipynb #d3eece93
-def inside(here:dict, there:dict # of one seed, as in `judge_claims`: value, and lo and hi where there is an interval
+def inside(here:dict, there:dict, # of one seed, as in `judge_claims`: value, and lo and hi where there is an interval
+           seeds:list=()          # values of all published seeds
     ) -> bool:
-    "Whether a number lies where the published one says."
-    if there.get('lo') is not None: return there['lo'] <= here['value'] <= there['hi']
-    return f"{here['value']:.3g}" == f"{there['value']:.3g}"
+    "Whether a number lies where the published ones say."
+    found = [(there['lo'], there['hi'])] if there.get('lo') is not None else []
+    if len(seeds) > 2: found.append(one_more(seeds))
+    return any(lo <= here['value'] <= hi for lo, hi in found) or f"{here['value']:.3g}" == f"{there['value']:.3g}"
 
-def beside(mine:dict, theirs:dict # a claim of `judge_claims`
-    ) -> list:                    # id, claim, seed, verdict, published, inside for each seed that both measured
+def beside(mine:dict, theirs:dict # a claim of `judge_claims`; of all published seeds
+    ) -> list:                    # id, claim, seed, verdict, published, seeds (verdict -> how many), inside for each seed that both measured
     "A claim made twice."
     there = {e['seed']: e for e in theirs['each'] if 'value' in e}
-    return [dict(id=mine['id'], claim=mine['claim'], seed=e['seed'], verdict=e['verdict'], published=there[e['seed']]['verdict'], inside=inside(e, there[e['seed']]))
+    values, seeds = [e['value'] for e in there.values()], dict(Counter(e['verdict'] for e in there.values()))
+    return [dict(id=mine['id'], claim=mine['claim'], seed=e['seed'], verdict=e['verdict'], published=there[e['seed']]['verdict'], seeds=seeds, inside=inside(e, there[e['seed']], values))
             for e in mine['each'] if 'value' in e and e['seed'] in there]
 
 # %% ../nbs/agree.ipynb #9b382f88
@@ -33,9 +39,10 @@ SHARE = .9 # of the numbers inside, at least
 def agreement(cfg, seeds:list=() # those that were made here and are published where empty
     ) -> dict:                   # model, seeds, n, inside, differ: rows of `beside`, agrees
     "A run made here beside the published one."
-    both = [s for s in seeds or seeds_of(cfg) if made_here(cfg, s) and (figures_dir(cfg.name)/f'fig2-seed{s}.json').is_file()]
+    published = published_seeds(cfg)
+    both = [s for s in seeds or seeds_of(cfg) if made_here(cfg, s) and s in published]
     if not both: return dict(model=cfg.name, seeds=[], n=0, inside=0, differ=[], agrees=None)
-    mine, theirs = judge_claims(cfg, both), judge_claims(cfg, both, figures_dir(cfg.name))
+    mine, theirs = judge_claims(cfg, both), judge_claims(cfg, published, figures_dir(cfg.name))
     rows = [r for m, t in zip(mine['claims'], theirs['claims']) for r in beside(m, t)]
     n, good, differ = len(rows), sum(r['inside'] for r in rows), [r for r in rows if r['verdict'] != r['published']]
     return dict(model=cfg.name, seeds=both, n=n, inside=good, differ=differ, agrees=good >= SHARE*n and all(r['inside'] for r in differ))
@@ -45,8 +52,9 @@ def lines(found:dict) -> list: # of `agreement`
     if not found['seeds']: return [f"No seed of {found['model']} was both made here and published: nothing to compare."]
     seeds = f"seed{'s'*(len(found['seeds']) > 1)} {', '.join(map(str, found['seeds']))}"
     said = 'Agrees with' if found['agrees'] else 'Does not agree with'
+    many = lambda r: f" (published seeds: {', '.join(f'{v} {n}' for v, n in r['seeds'].items())})" if len(r['seeds']) > 1 else ''
     head = f"{said} the published {seeds}: {found['inside']} of {found['n']} numbers lie inside their intervals, {len(found['differ'])} of {found['n']} verdicts differ."
-    return [head, *(f"  {r['id']} (seed {r['seed']}): {r['verdict']}, published {r['published']}; the number lies {'inside' if r['inside'] else 'outside'}" for r in found['differ'])]
+    return [head, *(f"  {r['id']} (seed {r['seed']}): {r['verdict']}, published {r['published']}; the number lies {'inside' if r['inside'] else 'outside'}{many(r)}" for r in found['differ'])]
 
 # %% ../nbs/agree.ipynb #2329c328
 def _agree(o): # -> (record, text, exit code)

@@ -8,7 +8,7 @@ __all__ = ['BENCHES', 'DRESSES', 'SMOLLM2', 'WIDE', 'PAIRS', 'PAIRS_GPU', 'PEERS
            'random_formula', 'changed', 'tried', 'bench_game', 'bench_game_long', 'bench_sft', 'gemm_rate',
            'plain_restore', 'eight_ranks', 'eight_checkpoints', 'bench_restore', 'weight_pair', 'plain_angles',
            'our_pair', 'pair_seconds', 'bench_shape', 'bench_spectra', 'smollm2_layer', 'bench_smollm2', 'peer',
-           'bench_peers', 'bench_ppo', 'main']
+           'bench_peers', 'bench_ppo', 'bench_limits', 'scale_item', 'exponent', 'bench_scale', 'main']
 
 # %% ../nbs/bench.ipynb #c8531eb7
 import ast, importlib.util, json, math, os, random, re, shutil, statistics, subprocess, sys, tempfile, time
@@ -18,12 +18,17 @@ from itertools import combinations_with_replacement, permutations, product
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from transformers import TrainerCallback
-from . import compare, comparison, edits, game, matrices, ppo, ppo_run, rollouts, sft, surgery
+from torch.nn.functional import linear
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from . import compare, comparison, edits, game, matrices, ppo, ppo_run, rollouts, sft, surgery, verifier
 from .commands import parser, run
-from .core import load_params, threads, write_json
+from .files import write_json
+from .parallel import map_items, threads
+from .parameters import load_params
 from .generation import ModelError, generate_ids, stop_ids
 from .models import load_lm, save_lm
+from .products import keeps_fp32, products
+from .rollouts import greedy
 from .solver import forget
 
 # %% ../nbs/bench.ipynb #839a7ff9
@@ -115,7 +120,7 @@ def _read_before(text):
 
 def _judge_before(said, cards, rule, target, feedback):
     if feedback not in game.LEVELS: raise ValueError(feedback)
-    vals, have = game._hand_values(cards, rule)
+    vals, have = verifier._hand_values(cards, rule)
     formula, listed, form = _read_before(said)
     ok = None if listed is None else listed == vals and {*map(type, listed)} == {int}
     formula = formula and formula.split('=', 1)[0].strip()
@@ -124,7 +129,7 @@ def _judge_before(said, cards, rule, target, feedback):
     else:
         used, value, fault = game.evaluate(formula)
         if fault and fault != 'zero': outcome, reason = 'illegal', game.FULL[fault]
-        elif sorted(used) != have: outcome, (reward, reason) = 'wrong_numbers', game._numbers_fault(used, have)
+        elif sorted(used) != have: outcome, (reward, reason) = 'wrong_numbers', verifier._numbers_fault(used, have)
         elif value == target: outcome, reason = 'correct', ''
         else: outcome, reason = 'wrong_value', game.FULL[fault or 'value'].format(value=value, target=target)
     if feedback == 'outcome': reason = game.PLAIN.get(outcome, '')
@@ -224,7 +229,7 @@ def _misread(text, read): # clean JSON with one formula says itself what is in i
 # %% ../nbs/bench.ipynb #a29c08e4
 def _forget():
     forget()
-    for f in (game._judge_short, game._hand_values, _short_before): f.cache_clear()
+    for f in (verifier._judge_short, verifier._hand_values, _short_before): f.cache_clear()
 
 def _judge_all(verify, pairs):
     _forget()
@@ -483,7 +488,7 @@ torch.set_num_threads(1)
 start = time.process_time()
 %s
 took = time.process_time() - start
-from rlsft_nb.core import peak_mib
+from rlsft_nb.machine import peak_mib
 print(took, peak_mib())'''
 
 def peer(name:str, a, b # folders
@@ -520,10 +525,10 @@ def _cpu(f, repeat:int=1) -> float: # the least of `repeat` calls
         return time.process_time() - start
     return min(once() for _ in range(repeat))
 
-def _ppo_ready(attempts, **over): # cfg, accelerator, model, optimizer, tokenizer
+def _ppo_ready(attempts, start='tiny', **over): # cfg, accelerator, model, optimizer, tokenizer
     cfg = load_params('tiny', dict(ppo=over, eval=dict(device='cpu', max_new_tokens=31), game=dict(attempts=attempts)))
     acc = ppo_run.accelerator(cfg)
-    return cfg, acc, *ppo_run.setup(acc, cfg, 'tiny', 0)[:3]
+    return cfg, acc, *ppo_run.setup(acc, cfg, start, 0)[:3]
 
 def _one_by_one(cfg, model, tok, hands): # traces
     ask = lambda prompts: generate_ids(model, tok, prompts, max_new_tokens=cfg.eval.max_new_tokens, temperature=cfg.ppo.temperature)
@@ -541,7 +546,7 @@ def _by_turn(traces): # each turn a trace of its own, with its advantages
 
 def _gflops(rows=4096, inner=192, out=512): # of one matrix product of the model's kind
     x, w = torch.randn(rows, inner), torch.randn(out, inner)
-    return 2*rows*inner*out*20/_cpu(lambda: [x@w.T for _ in range(20)], repeat=3)/1e9
+    return 2*rows*inner*out*5/_cpu(lambda: [linear(x, w) for _ in range(5)], repeat=20)/1e9
 
 # %% ../nbs/bench.ipynb #f160c992
 def _rollouts(): # rows, ratio
@@ -588,6 +593,74 @@ def bench_ppo():
     "Rollouts and updates of the embedded model, ours against the plain way and against TRL's GRPO."
     with threads(1): (a, rollout), (b, step), (c, update) = _rollouts(), _steps(), _updates()
     return dict(rows=a + b + c, ratios=dict(rollout_vs_one_at_a_time=rollout, step_vs_forward_a_turn=step, update_vs_grpo=update))
+
+# %% ../nbs/bench.ipynb #26155a17
+def _work(lm, tokens, answers) -> float: # floating point operations of one reading: weights of layers, and of the head at answers
+    layers = sum(w.numel() for n, w in lm.named_parameters() if w.ndim == 2 and '.layers.' in n)
+    return 2*(layers*tokens + lm.get_output_embeddings().weight.numel()*answers)
+
+def _sft_pass(): # operations, function
+    cfg = load_params('tiny', dict(eval=dict(device='cpu'), sft=dict(steps=2, checkpoints=[], save_every=10**6, hands=64)))
+    with tempfile.TemporaryDirectory() as d: t = sft.trainer(cfg, Path(d), 0, *load_lm('tiny'))
+    b = t.data_collator([t.train_dataset[i] for i in range(cfg.sft.batch)])
+    n = int(b['attention_mask'].sum())
+    return 3*_work(t.model, n, n), lambda: t.model(**b).loss.backward()
+
+def _learning(): # operations and functions, by stage
+    cfg, acc, model, opt, tok = _ppo_ready(5, 'tiny:end')
+    lm, p = acc.unwrap_model(model.eval()), cfg.ppo
+    play = lambda: ppo_run.play_update(acc, lm, tok, cfg, 0, 1)
+    traces = play()
+    once = _work(lm, sum(len(t.ids) for t in traces), sum(b - a for t in traces for a, b in t.spans))
+    def learn(micro, kind):
+        with products(kind): ppo.update(acc, model, opt, traces, load_params('tiny', dict(ppo=dict(micro=micro))).ppo, tok.pad_token_id, random.Random(0))
+    ways = {'PPO update, plain': (p.micro, 'torch'), 'PPO update, 8 hands a pass': (8, 'torch')} | ({'PPO update, 8 hands a pass, oneDNN': (8, 'onednn')} if keeps_fp32() else {})
+    return {'playing hands': (once, play)} | {n: ((1 + 3*p.epochs)*once, lambda w=w: learn(*w)) for n, w in ways.items()}
+
+# %% ../nbs/bench.ipynb #6936733c
+@bench('limits')
+def bench_limits():
+    "What share of the rate of fp32 products each stage reaches, and a whole update three ways."
+    with threads(1):
+        rates = {'torch': _gflops()}
+        if keeps_fp32():
+            with products('onednn'): rates['onednn'] = _gflops()
+        stages, best = {'SFT step, forward and backward': _sft_pass()} | _learning(), max(rates.values())
+        took = timed({n: f for n, (_, f) in stages.items()}, 2)
+    rows = [(f'fp32 products, {k}', r, 'GFLOP/s') for k, r in rates.items()]
+    for n, (work, _) in stages.items(): rows += [(n, took[n], 's'), (f'{n}: share of the rate', 100*work/took[n]/1e9/best, '%')]
+    plain = took['PPO update, plain']
+    return dict(rows=rows, ratios={n.replace('PPO update, ', 'update, plain over ').replace(', ', '_').replace(' ', '_'): plain/t for n, t in took.items() if n.startswith('PPO') and t != plain})
+
+# %% ../nbs/bench.ipynb #b7cd4267
+def scale_item(n:int # hands
+    ) -> float:      # CPU seconds
+    "First answers of a shipped checkpoint to `n` hands; a worker function."
+    (lm, tok), chats = load_lm('tiny:end'), [game.prompt(h, '10') for h in game.deal(random.Random(0), n, '10')]
+    with threads(1): return _cpu(lambda: [greedy(lm, tok, 31)(chats[i:i + 256]) for i in range(0, n, 256)])
+
+def _wide(w, rows=8, length=128) -> float: # CPU seconds
+    torch.manual_seed(0)
+    lm = Qwen2ForCausalLM(Qwen2Config(vocab_size=406, hidden_size=w, intermediate_size=8*w//3, num_hidden_layers=4, num_attention_heads=w//32, num_key_value_heads=max(1, w//128)))
+    ids = torch.randint(406, (rows, length))
+    with threads(1): return _cpu(lambda: lm(input_ids=ids, labels=ids).loss.backward(), 3)
+
+def _workers(n) -> tuple: # wall-clock seconds, CPU seconds an item
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as d: found = map_items('bench.scale_item', {f'item-{i}': (500,) for i in range(4)}, d, n, 'hands')
+    return time.perf_counter() - start, statistics.mean(found.values())
+
+def exponent(sizes, seconds) -> float:
+    "Slope of log seconds over log size, by least squares."
+    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(x) for x in seconds]).slope
+
+@bench('scale')
+def bench_scale():
+    "Cost as hands, width and workers grow."
+    hands, wide, side = {n: scale_item(n) for n in (250, 500, 1000, 2000, 4000)}, {w: _wide(w) for w in (64, 128, 256, 512)}, {n: _workers(n) for n in (1, 2)}
+    rows = [(f'{n} hands', t, 's') for n, t in hands.items()] + [(f'width {w}', t, 's') for w, t in wide.items()]
+    rows += [(f'four items, {n} worker{"s"*(n > 1)}, {what}', t, 's') for n, two in side.items() for what, t in zip(('wall clock', 'CPU an item'), two)]
+    return dict(rows=rows, ratios=dict(exponent_hands=exponent(hands, hands.values()), exponent_width=exponent(wide, wide.values()), two_workers_wall=side[1][0]/side[2][0], two_workers_cpu=side[2][1]/side[1][1]))
 
 # %% ../nbs/bench.ipynb #094fe9d8
 def _text(found) -> str: # the ratios last

@@ -11,7 +11,11 @@ import argparse, hashlib, inspect, io, json, os, re, shutil, subprocess, sys, ta
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .core import ROOT, Problem, git_output, load_params, make_dir, repository, write_json, yaml_mapping
+from .files import make_dir, write_json
+from .origins import git_output
+from .parameters import load_params, yaml_mapping
+from .places import ROOT, repository
+from .problems import Problem
 from .models import locate
 
 # %% ../nbs/bundle.ipynb #e5a3abe1

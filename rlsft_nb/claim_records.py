@@ -6,8 +6,9 @@
 __all__ = ['Absent', 'Untestable', 'Records', 'Toy', 'command']
 
 # %% ../nbs/claim_records.ipynb #7dfa0817
-from .core import sha256_file
-from .records import home, read_record
+from .problems import Damaged
+from .files import sha256_file
+from .records import find, read_record
 
 # %% ../nbs/claim_records.ipynb #db04090b
 class Absent(Exception): "A record, or a part of one, that is not there: name, and what is missing."
@@ -15,12 +16,16 @@ class Untestable(Exception): "A record that cannot answer the question: why."
 
 # %% ../nbs/claim_records.ipynb #b6d34d11
 class Records:
-    "`records(name, *path)`: a part of <name>-seed<seed>.json in `folder`, else in `home`. `files` were read, `asked` were asked for."
-    def __init__(self, cfg, seed:int, folder=None): self.cfg, self.seed, self.folder, self.files, self.asked = cfg, seed, folder or home(cfg, seed), {}, {}
+    "`records(name, *path)`: a part of <name>-seed<seed>.json in `folder`, else in `home`, or of <name>.json, which is of no seed. `files` were read, `asked` were asked for."
+    def __init__(self, cfg, seed:int, folder=None): self.cfg, self.seed, self.folder, self.files, self.asked = cfg, seed, folder, {}, {}
+    def _path(self, name):
+        if not self.folder: return find(self.cfg, f'{name}.json', self.seed)
+        return next((p for p in (self.folder/f'{name}-seed{self.seed}.json', self.folder/f'{name}.json') if p.is_file()), None)
     def _load(self, name) -> dict:
-        path = self.folder/f'{name}-seed{self.seed}.json'
-        if name not in self.files and not path.is_file(): raise Absent(name, f'no record {path.name}')
+        path = self.files[name]['path'] if name in self.files else self._path(name)
+        if not path: raise Absent(name, f'no record {name}-seed{self.seed}.json')
         if name not in self.files: self.files[name] = dict(path=path, sha256=sha256_file(path), record=read_record(path, self.cfg))
+        if not isinstance(self.files[name]['record'], dict): raise Damaged(f'{path}: holds no names; make it again, or move it away')
         return self.files[name]['record']
     def __call__(self, name, *path):
         self.asked[name] = True

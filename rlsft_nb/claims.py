@@ -4,29 +4,30 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'KNOWN', 'FIELDS', 'MEASURED', 'NEEDS', 'load_claims', 'at_seed', 'shown', 'beside', 'judge_claim',
-           'judge_claims', 'tally', 'verdict_text', 'seeds_text', 'here_text', 'to_markdown', 'table']
+           'judge_claims', 'tally', 'verdict_text', 'seeds_text', 'here_text', 'heading', 'to_markdown', 'table']
 
 # %% ../nbs/07_claims.ipynb #c878ecd6
 import re
 from statistics import fmean
-
 import yaml
-
-from . import measures, measures_restore, measures_spectra
+from . import measures, measures_restore, measures_rivals, measures_spectra
 from .claim_records import Absent, Records, Untestable, command
 from .records import seeds_of
-from .core import Markdown, ParamError, cell_text, load_params, near, params_dir
-from .judging import VERDICTS, inside, interval, judge, over_seeds, threshold, told
+from .parameters import load_params
+from .places import params_dir
+from .problems import ParamError, near, Damaged, Problem
+from .verdicts import Markdown, cell_text
+from .judging import VERDICTS, inside, interval, judge, over_seeds, seen, threshold, told
 from .power import own_numbers
 
 # %% ../nbs/07_claims.ipynb #adb2e977
-ROOMS = (measures, measures_spectra, measures_restore) # each adds to the register of the first
+ROOMS = (measures, measures_spectra, measures_restore, measures_rivals) # each adds to the register of the first
 KNOWN = measures.MEASURES
-FIELDS = ('id', 'at', 'claim', 'paper', 'quantity', 'test', 'fixed') # every claim has these; measured ones also:
+FIELDS = ('id', 'version', 'at', 'claim', 'paper', 'quantity', 'test', 'fixed') # every claim has these; measured ones also:
 MEASURED = ('measure', 'args', 'unit', 'control')
 NEEDS = dict(sign=('expect', 'alpha'), above=('at', 'clear'), least=('at',), most=('at',), between=('lo', 'hi'), all=(), none=()) # of a test
 
-def _check_claim(c, sections):
+def _check_claim(c, sections, papers):
     "Raise `ParamError` for a claim that could not be judged."
     where = f"params/claims.yaml: {c.get('id', c)}"
     kind = c.get('test', {}).get('kind')
@@ -34,13 +35,14 @@ def _check_claim(c, sections):
     lost = [f for f in (*FIELDS, *(MEASURED if kind != 'none' else ('why',))) if f not in c] + [f for f in NEEDS[kind] if f not in c['test']]
     if lost: raise ParamError(f'{where} has no {lost[0]!r}')
     if kind != 'none' and c['measure'] not in KNOWN: raise ParamError(f"{where}: measure {c['measure']!r}; {near(c['measure'], list(KNOWN))}")
+    if c['version'] not in papers: raise ParamError(f"{where}: version {c['version']!r}; {near(c['version'], list(papers))}")
     if c['at'][0] not in sections: raise ParamError(f"{where}: at {c['at'][0]!r}; {near(c['at'][0], list(sections))}")
 
 # %% ../nbs/07_claims.ipynb #569c977b
-def load_claims(path=params_dir()/'claims.yaml') -> dict: # conf, tests, records, findings, sections, figures, claims, numbers
+def load_claims(path=params_dir()/'claims.yaml') -> dict: # conf, papers, tests, records, findings, sections, figures, claims, numbers
     "The list of claims, checked."
     told = yaml.safe_load(path.read_text(encoding='utf-8'))
-    for c in told['claims']: _check_claim(c, told['sections'])
+    for c in told['claims']: _check_claim(c, told['sections'], told['papers'])
     ids = [c['id'] for c in told['claims']]
     twice = [i for i in ids if ids.count(i) > 1]
     if twice: raise ParamError(f'params/claims.yaml: {twice[0]!r} stands there twice')
@@ -55,10 +57,12 @@ def at_seed(c:dict,       # a claim
     ) -> dict:            # seed, verdict, commands; value, lo, hi, n, p, here, parts, null, chance; or why
     "A claim at one seed."
     get.asked.clear()
-    make = lambda names: [command(records, n, cfg.name, get.seed) for n in names]
+    make = lambda names: [command(records, n, cfg.name, 0 if c.get('once') else get.seed) for n in names]
     try: m = KNOWN[c['measure']](get, cfg, **c['args'])
     except Absent as e: return dict(seed=get.seed, verdict='not run', why=e.args[1], commands=make(e.args[:1]))
     except Untestable as e: return dict(seed=get.seed, verdict='not testable here', why=str(e), commands=make(get.asked))
+    except Problem: raise
+    except Exception as e: raise Damaged(f"{', '.join(get.asked)} of seed {get.seed}: no records that {c['measure']} can read ({type(e).__name__}: {' '.join(str(e).split())[:100]}); make them again, or move them away") from e
     chance = m.get('null') is not None and inside(c['test'], m['null'])
     return dict(seed=get.seed, **m, verdict=judge(c['test'], m), chance=bool(chance), commands=make(get.asked))
 
@@ -70,8 +74,9 @@ def shown(found:list, # of `at_seed`, measured
     "What stands in the table."
     one = found[0] if len(found) == 1 else {}
     if 'parts' in found[0]: return _parts(found, 'parts', unit), ''
-    if one: return one.get('here') or told(one['value'], unit), interval(one, unit)
-    return told(o['mean'], unit), re.sub(' (points|times|steps)$', '', interval(o, unit))
+    size = f", median {fmean(f['size'] for f in found):.2f} times shuffled" if 'size' in found[0] else ''
+    if one: return (one.get('here') or told(one['value'], unit)) + size, interval(one, unit)
+    return told(o['mean'], unit) + size, re.sub(' (points|times|steps)$', '', interval(o, unit))
 
 def _parts(found, key, unit) -> str:
     "Means of named numbers."
@@ -86,6 +91,11 @@ def beside(found:list, unit:str) -> str: # as in `shown`
     return told(fmean(nulls), unit) if nulls else found[0].get('control', '') if len(found) == 1 else ''
 
 # %% ../nbs/07_claims.ipynb #27200f58
+def _seen(found, o, unit) -> str:
+    "The smallest change that would have been seen four times in five; empty where there is no interval, or no change was asked for."
+    x = o if len(found) > 1 else found[0]
+    return told(seen(x, len(found)), unit).lstrip('+') if unit in ('points', 'share', 'rho') and x.get('lo') is not None else ''
+
 def _chance(found) -> bool:
     "Whether the control passes wherever it was played."
     return all(played := [e['chance'] for e in found if e.get('null') is not None]) and bool(played)
@@ -95,27 +105,29 @@ def judge_claim(c:dict, records:dict, # as in `at_seed`
                 conf:float=.95
     ) -> dict:                        # see `judge_claims`
     "A claim at every seed, and what they say together."
-    out = {k: c.get(k, '') for k in ('id', 'at', 'claim', 'paper', 'quantity', 'control', 'fixed')} | dict(threshold=threshold(c['test'], c.get('unit', '')))
-    out |= dict(each=[], seeds=[], over=None, n=None, here='', interval='', beside='', chance=False, verdict='not testable here', why=c.get('why', ''))
+    out = {k: c.get(k, '') for k in ('id', 'version', 'at', 'claim', 'paper', 'quantity', 'control', 'fixed')} | dict(threshold=threshold(c['test'], c.get('unit', '')))
+    out |= dict(each=[], seeds=[], over=None, n=None, here='', interval='', beside='', seen='', chance=False, verdict='not testable here', why=c.get('why', ''))
     if c['test']['kind'] == 'none': return out
     out['each'] = each = [at_seed(c, records, get, cfg) for get in (gets[:1] if c.get('once') else gets)]
     found = [e for e in each if 'value' in e]
     if not found: return out | {k: each[0][k] for k in ('verdict', 'why')}
-    o = over_seeds(c['test'], [e['verdict'] for e in found], [e['value'] for e in found], conf)
-    text, span = shown(found, o, c['unit'])
+    weights = [e['weight'] for e in found] if all(e.get('weight') for e in found) else None
+    o = over_seeds(c['test'], [e['verdict'] for e in found], [e['value'] for e in found], conf, weights)
+    (text, span), chance = shown(found, o, c['unit']), _chance(found)
+    verdict = VERDICTS[1] if chance and o['verdict'] == 'holds' else o['verdict']
     return out | dict(why='', seeds=[] if c.get('once') else [e['seed'] for e in found], over=o, n=found[0].get('n'), here=text, interval=span,
-                      beside=beside(found, c['unit']), chance=_chance(found), verdict=o['verdict'])
+                      beside=beside(found, c['unit']), seen=_seen(found, o, c['unit'])*(verdict == 'within noise'), chance=chance, verdict=verdict)
 
 # %% ../nbs/07_claims.ipynb #fc5163b3
 def judge_claims(cfg, seeds:list, # of `load_params`; whose records are judged
                  folder=None      # where they are; where None as `home` says
-    ) -> dict:                    # model, seeds, conf, sections, tests, claims, numbers, sweep, files, stages
-    "Every claim, in the order of the paper."
+    ) -> dict:                    # model, seeds, conf, papers, sections, tests, claims, numbers, sweep, files, stages
+    "Every claim, paper by paper."
     t, gets = load_claims(), [Records(cfg, s, folder) for s in seeds]
     claims = [judge_claim(c, t['records'], cfg, gets, t['conf']) for c in t['claims']]
     read = [f for get in gets for f in get.files.values()]
     stages = {n: s for f in read for n, s in f['record'].get('stages', {}).items()}
-    return dict(model=cfg.name, seeds=list(seeds), conf=t['conf'], sections=t['sections'], tests=t['tests'], claims=claims, **own_numbers(t['numbers']),
+    return dict(model=cfg.name, seeds=list(seeds), conf=t['conf'], papers=t['papers'], sections=t['sections'], tests=t['tests'], claims=claims, **own_numbers(t['numbers']),
                 files={f['path'].name: f['sha256'] for f in sorted(read, key=lambda f: f['path'].name)}, stages=stages)
 
 def tally(record:dict) -> dict: # verdict -> number of claims
@@ -128,7 +140,8 @@ def verdict_text(c:dict) -> str: # of `judge_claims`
     "The verdict with what qualifies it."
     if c['verdict'] == 'not run': return f"not run: `{c['each'][0]['commands'][0]}`"
     if c['why']: return f"{c['verdict']}: {c['why']}"
-    return c['verdict'] + (f"; the control passes{' too'*(c['verdict'] == 'holds')}" if c['chance'] else '')
+    more = f"; {c['seen']} would have been seen" if c['seen'] else '; the control passes' if c['chance'] and c['verdict'] != VERDICTS[1] else ''
+    return c['verdict'] + more
 
 def seeds_text(c:dict) -> str: # of `judge_claims`
     "How single seeds came out; empty where there is one."
@@ -140,11 +153,17 @@ def here_text(c:dict) -> str:
     return '; '.join(filter(None, (c['here'] + (f" ({c['interval']})" if c['interval'] else ''), seeds_text(c))))
 
 # %% ../nbs/07_claims.ipynb #282347c1
+def heading(c:dict, record:dict # a claim, of `judge_claims`
+    ) -> str:
+    "What a claim stands under: its paper, and in the seed paper its section."
+    paper = record['papers'][c['version']]
+    return f"{paper}: {record['sections'][c['at'][0]]}" if c['version'] == next(iter(record['papers'])) else paper
+
 def to_markdown(record:dict) -> Markdown: # of `judge_claims`
-    "The table of claims."
-    lines, section = [('the paper says', 'verdict', 'here', 'its numbers'), ['---']*4], ''
+    "The scoreboard."
+    lines, head = [('what is said', 'verdict', 'here', 'its numbers'), ['---']*4], ''
     for c in record['claims']:
-        if (now := c['at'][0]) != section: lines.append((f"**{record['sections'][now]}**", '', '', '')); section = now
+        if (now := heading(c, record)) != head: lines.append((f'**{now}**', '', '', '')); head = now
         lines.append([' ' if not x else cell_text(x) for x in (c['claim'], verdict_text(c), here_text(c), c['paper'])])
     return Markdown('\n'.join('| ' + ' | '.join(l) + ' |' for l in lines))
 

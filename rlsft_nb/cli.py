@@ -10,7 +10,8 @@ import json, sys
 from dataclasses import asdict
 import rlsft_nb
 from .commands import CODES, COMMANDS, OPTIONS, ended, parser, run
-from .core import ParamError, named_function, near
+from .parallel import named_function
+from .problems import ParamError, near
 
 # %% ../nbs/cli.ipynb #0ee336b7
 def _solve(o):

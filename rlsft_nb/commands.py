@@ -8,7 +8,8 @@ __all__ = ['OPTIONS', 'COMMANDS', 'CODES', 'Parser', 'parser', 'extra_of', 'ende
 # %% ../nbs/commands.ipynb #bc214362
 import argparse, importlib.metadata, os, re, sys
 from contextlib import contextmanager, redirect_stdout
-from .core import ParamError, Problem, near, to_json
+from .files import to_json
+from .problems import ParamError, Problem, near
 
 # %% ../nbs/commands.ipynb #58a65456
 def _unknown(word, known): return f'{word!r} is not known; {near(word, known)}'
@@ -65,6 +66,7 @@ def _forget(p):
     p.add_argument('--revision', metavar='REV', action='append', default=[], help='of a Hub id; once for each Hub id, in their order')
     p.add_argument('--below', metavar='MODEL', default='', help='base of adapters, in place of the one they name')
     p.add_argument('--draws', type=int, default=5, help='updates drawn from chance for each matrix (default: 5)')
+    p.add_argument('--shuffles', type=int, default=1, help='of several tuned models, in order: shuffled updates from each to the next, one more reading of all texts each (default: 1)')
     p.add_argument('--seed', type=int, default=0, help='of chance')
     p.add_argument('--workers', type=_count, default=1, help='processes for the weights (default: 1)')
     _shared(p)
@@ -125,6 +127,11 @@ def _agree(p):
     p.add_argument('--model', default='tiny', help='a file in params/ (default: tiny)')
     _shared(p)
 
+def _clean(p):
+    p.add_argument('--keep', choices=('latest', 'used'), default='latest', help='what stays beside the stages that records and running processes use: the newest of each name and seed, or nothing (default: latest)')
+    p.add_argument('--yes', action='store_true', help='remove them; without it they are only listed')
+    _shared(p)
+
 def _plan(p):
     p.add_argument('model', help='a file in params/')
     p.add_argument('--gpus', type=_count, default=4, help='on each node (default: 4)')
@@ -137,7 +144,7 @@ def _plan(p):
     _shared(p)
 
 def _bench(p):
-    p.add_argument('name', choices=('game', 'game-long', 'sft', 'restore', 'spectra', 'ppo'), help='what to measure')
+    p.add_argument('name', choices=('game', 'game-long', 'sft', 'restore', 'spectra', 'ppo', 'limits', 'scale'), help='what to measure')
     p.add_argument('--json', metavar='FILE', nargs='?', const=True, default=False, help='write rows and ratios to FILE; without FILE print them as one JSON object and nothing else')
     p.add_argument('--quiet', action='store_true', help='print nothing but errors')
 
@@ -160,7 +167,7 @@ def _game(p):
     do.add_parser('export', add_help=False, help='write hands as a dataset')
 
 # %% ../nbs/commands.ipynb #c88ac77d
-OPTIONS = dict(compare=_compare, forget=_forget, restore=_restore, sweep=_sweep, game=_game, report=_report, agree=_agree, plan=_plan, bench=_bench)
+OPTIONS = dict(compare=_compare, forget=_forget, restore=_restore, sweep=_sweep, game=_game, report=_report, agree=_agree, clean=_clean, plan=_plan, bench=_bench)
 COMMANDS = { # what follows `rlsft` -> (what it does, its function)
     'compare': ('what rotated between two checkpoints or more, how far, and how far beyond chance', 'comparison_page.main'),
     'forget': ('the card of a tuned model: what it forgot, how far its words and weights moved', 'forget_page.main'),
@@ -170,6 +177,7 @@ COMMANDS = { # what follows `rlsft` -> (what it does, its function)
     'game export': ('write hands as a dataset', 'envs.export_main'),
     'report': ('claims, figures and provenance as one page', 'report.main'),
     'agree': ('whether a run made here agrees with the published one', 'agree.main'),
+    'clean': ('list old stages, and remove them where told to', 'cleaning.main'),
     'plan': ('memory and hours of every stage of a model', 'plan.main'),
     'bench': ('speed of the pieces, each beside a plain way', 'bench.main')}
 CODES = 'Exit codes: 0 done, 1 the work failed or the answer is no, 2 wrong usage, 130 interrupted.'
@@ -208,7 +216,7 @@ def ended(work) -> int: # exit code, see `CODES`
         extra = extra_of((e.name or '').split('.')[0])
         return _say(f'{e}' + (f'; it comes with an extra of this package: rlsft_nb[{extra}]' if extra else ''), 1)
     except ParamError as e: return _say(f'{type(e).__name__}: {e}', 2)
-    except (Problem, ValueError, OSError, RuntimeError, MemoryError) as e: return _say(f'{type(e).__name__}: {e}', 1)
+    except (Problem, ValueError, OSError, RuntimeError, MemoryError) as e: return _say(f"{type(e).__name__}: {str(e) or 'no memory is left' if isinstance(e, MemoryError) else e}", 1)
 
 # %% ../nbs/commands.ipynb #2c3324d4
 @contextmanager

@@ -9,36 +9,40 @@ __all__ = ['GROUP', 'MICRO', 'ARMS', 'expert_trace', 'sft_rows', 'only_correct',
 # %% ../nbs/compare.ipynb #630cfabb
 from pathlib import Path
 
-from .core import Stage, map_items, mcnemar, progress, run_stage, threads
+from .intervals import mcnemar
+from .notices import progress
+from .parallel import map_items, threads
+from .stages import Stage, run_stage
 from .drawing import BLACK, CELL, GREY, INTERVALS, PALE, accuracy_axis, caption, drawn, legend, panels, percent, rates
-from .game import answer, prompt, reward_func, solve, values, verify
+from .game import answer, cards_and_target, prompt, reward_func, rule_of, solve, values, verify
 from .generation import encode, stop_ids
 from .models import device, load_lm, save_lm, score
 from .actor_critic import collate
-from .ppo import rl_stage, score_stage
+from .graph import as_stage
+from .pipeline import curve_stage, kept, named_stage, rl_stage, score_stage
 from .ppo_run import accelerator, chance, export, play_update, rl_hands, set_rates, setup
 from .rollouts import Trace, tail_ids
-from .sft import curve_stage, expert_rows, kept, named_stage
+from .sft import expert_rows
 
 # %% ../nbs/compare.ipynb #f124b86b
 def expert_trace(tok, end:int,   # token that ends a turn
-                 cards:list, formula:str, game # `cfg.game`
+                 hand, formula:str, game # ranks, or a dict of cards and target; `cfg.game`
     ) -> Trace:                  # solved at the first attempt
     "An expert's answer to one hand, in token ids."
-    rule, target = game.id_rule, game.target
+    rule, (cards, target) = rule_of(hand, game.id_rule), cards_and_target(hand, game.target)
     said = answer(cards, rule, formula, target)
-    t = Trace(cards, encode(tok, [prompt(cards, rule, target)])[0])
+    t = Trace(cards, encode(tok, [prompt(cards, rule, target)])[0], target=target, rule=rule)
     t.hear(tok(said, add_special_tokens=False)['input_ids'] + [end], verify(said, cards, rule, target))
     return t
 
-def sft_rows(cfg, seed:int) -> list: # (cards, formula)
+def sft_rows(cfg, seed:int) -> list: # (hand, formula)
     "What SFT learned from."
     said = lambda r: verify(r['completion'][0]['content'], r['cards'], r['rule'], r['target'])
-    return [(r['cards'], said(r).formula) for r in expert_rows(cfg, seed)]
+    return [(dict(cards=r['cards'], target=r['target']), said(r).formula) for r in expert_rows(cfg, seed)]
 
 def only_correct(traces:list) -> list: # of `Trace`, with one answer each
     "The correct answers of played hands, in their context."
-    return [Trace(t.cards, t.ids, t.spans[-1:], t.verdicts[-1:]) for t in traces if t.solved]
+    return [Trace(t.cards, t.ids, t.spans[-1:], t.verdicts[-1:], target=t.target, rule=t.rule) for t in traces if t.solved]
 
 # %% ../nbs/compare.ipynb #c9772bb6
 def imitated(arm:str,              # 'own', 'expert' or 'sft'
@@ -48,9 +52,9 @@ def imitated(arm:str,              # 'own', 'expert' or 'sft'
     if arm == 'own': return only_correct(play_update(acc, lm, tok, cfg, seed, u))
     rng, game, n = chance(acc, seed, u, arm), cfg.game, cfg.ppo.episodes
     end = tail_ids(tok, stop_ids(lm, tok), dict(role='user', content='?'))[0]
-    pick = lambda h: rng.choice(solve(values(h, game.id_rule), game.target))
+    def pick(h): cards, target = cards_and_target(h, game.target); return rng.choice(solve(values(cards, rule_of(h, game.id_rule)), target))
     rows = rng.choices(sft_rows(cfg, seed), k=n) if arm == 'sft' else [(h, pick(h)) for h in rl_hands(cfg, seed, u)]
-    return [expert_trace(tok, end, cards, formula, game) for cards, formula in rows]
+    return [expert_trace(tok, end, hand, formula, game) for hand, formula in rows]
 
 # %% ../nbs/compare.ipynb #f301bd6a
 def imitate(acc, model, opt, traces:list, p, pad:int, rng) -> float: # nats a token, mean over steps
@@ -90,8 +94,8 @@ def grpo_trainer(cfg, start:str, folder, seed:int, answers:float): # answers: sa
     from trl import GRPOConfig, GRPOTrainer # takes seconds, and only training needs it
     p, g, parts = cfg.ppo, cfg.game, cfg.ppo.episodes//cfg.ppo.batch
     passes = max(1, round(answers/MICRO/parts)) # of one optimizer step
-    hands = [h for u in range(1, p.updates + 1) for h in rl_hands(cfg, seed, u)[:passes*parts*MICRO//GROUP]]
-    rows = [dict(prompt=prompt(h, g.id_rule, g.target), cards=h, rule=g.id_rule, target=g.target) for h in hands]
+    hands = [(rule_of(h, g.id_rule), *cards_and_target(h, g.target)) for u in range(1, p.updates + 1) for h in rl_hands(cfg, seed, u)[:passes*parts*MICRO//GROUP]]
+    rows = [dict(prompt=prompt(h, r, t), cards=h, rule=r, target=t) for r, h, t in hands]
     lm, tok = load_lm(start, cfg, device(cfg), cfg.model.dtype)
     args = GRPOConfig(output_dir=str(folder), max_steps=p.updates*p.epochs*parts, num_generations=GROUP, num_iterations=p.epochs, shuffle_dataset=False,
         per_device_train_batch_size=MICRO, gradient_accumulation_steps=passes, steps_per_generation=passes*parts,
@@ -125,7 +129,7 @@ def arm_item(cfg, arm:str, step:int, seed:int) -> dict: # scores: cell -> record
         return dict(scores=score_stage(c, step, seed).results(), log=rl_stage(c, step, seed).results()['log'])
     ppo, start = rl_stage(with_credit(cfg, 'turn'), step, seed), kept(cfg, seed)[step]
     asked = dict(tokens=cfg.eval.max_new_tokens, batch=cfg.eval.batch)
-    st = Stage(f'compare-{arm}', cfg.name, dict(eval=cfg.eval, asked=asked, start=step), [ppo], seed, 'compare.ipynb')
+    st = as_stage('compare-arm', cfg, dict(eval=cfg.eval, asked=asked, start=step), [ppo], seed, f'compare-{arm}')
     def fn(folder):
         log = ppo.results()['log']
         answers = sum(l['turns']*l['hands'] for l in log)/len(log)
@@ -138,7 +142,7 @@ def compare_stage(cfg, seed:int=0) -> Stage:
     "All arms from the SFT end; results: start (cell -> record) and arms (name -> what `arm_item` gives)."
     up, turn = named_stage(cfg, seed), with_credit(cfg, 'turn')
     step = curve_stage(cfg, seed).results()['end']
-    st = Stage('compare', cfg.name, dict(arms=list(ARMS), step=step), [up, score_stage(turn, step, seed)], seed, 'compare.ipynb')
+    st = as_stage('compare', cfg, dict(arms=list(ARMS), step=step), [up, score_stage(turn, step, seed)], seed)
     items = {a: (cfg, a, step, seed) for a in ARMS}
     fn = lambda folder: dict(start=up.results()['end']['within'], arms=map_items('compare.arm_item', items, folder/'arms', cfg.workers, 'arms'))
     return run_stage(st, fn, cfg)

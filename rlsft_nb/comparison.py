@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['BYTES', 'RECORD', 'NARROW', 'SHORT', 'KEPT', 'thinned', 'ranks', 'measure', 'end_alignment', 'coded_rank', 'as_coded',
-           'room', 'device_of', 'processes', 'WorkerLost', 'map_sized', 'free_bytes', 'affordable', 'open_weights',
-           'factor_values', 'read_exact', 'measure_pair', 'measure_ends', 'place', 'spread_out', 'compare_others',
-           'chosen', 'opened', 'compare', 'summary', 'median_interval', 'rotation', 'against']
+           'room', 'device_of', 'processes', 'map_sized', 'affordable', 'open_weights', 'factor_values', 'read_exact',
+           'measure_pair', 'measure_ends', 'place', 'spread_out', 'compare_others', 'chosen', 'opened', 'compare',
+           'summary', 'median_interval', 'rotation', 'against']
 
 # %% ../nbs/comparison.ipynb #a55005ca
 from datetime import timedelta
 from pathlib import Path
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import current_process
 import hashlib, json, math, os, shutil, sys, zlib
-
-import numpy as np, psutil, torch
+import numpy as np, torch
 from scipy.stats import binom
 from torch import Tensor
-
 from .chance import NEAR, NULLS, TOP, bands, bf16_steps, beyond, compared, entry_masks, first_order, first_order_principal, intruders, lead, null_update, random_angles, rounding, split_update, storage_noise, update_mask
-from .core import DiskError, Problem, gpus, make_dir, map_items, own_device, runs_root
-from .matrices import (all_finite, as_matrix, cluster_angles, clusters, decompose, full_precision, nested_angles, overlaps, principal_angles, singular_values,
-                               structural_zeros, svd, svdvals, vector_angles)
+from .problems import DiskError, Problem
+from .machine import free_bytes, gpus, own_device
+from .files import make_dir
+from .parallel import map_items
+from .places import runs_root
+from .matrices import all_finite, as_matrix, cluster_angles, clusters, decompose, full_precision, nested_angles, overlaps, principal_angles, singular_values, structural_zeros, svd, svdvals, vector_angles
 from .weights import Checkpoint, CheckpointError, MatrixError, common, factors, open_checkpoint, read_matrix, safe_name, select
 
 # %% ../nbs/comparison.ipynb #389c81cd
@@ -209,18 +209,13 @@ def processes(cfg) -> int:
     "`cfg.workers`; where there are GPUs, which those may count, at least half the cores."
     return max(cfg.workers, (os.cpu_count() or 2)//2) if gpus() else cfg.workers
 
-class WorkerLost(Problem, RuntimeError): "A process that measured matrices is gone."
-
 def map_sized(fn:str, items:dict,
               extents:dict, # name -> arguments of `room`
               folder, workers:int, desc:str # as in `map_items`
     ) -> dict:              # name -> result, in the order of `items`
     "`map_items`; first what GPUs have room for, by as many processes as they hold, then the rest."
     if getattr(current_process(), '_inheriting', False): sys.exit(1) # a worker that runs a script without a guard: the parent says so
-    try: return _map_sized(fn, items, extents, folder, workers, desc)
-    except BrokenProcessPool:
-        raise WorkerLost('a worker process ended before its work was done: killed, perhaps for want of memory; or started by a script whose work does not '
-                                               "stand below `if __name__ == '__main__':` (workers=1 needs no other process)") from None
+    return _map_sized(fn, items, extents, folder, workers, desc)
 
 def _map_sized(fn, items, extents, folder, workers, desc):
     fits = {n: k for n in items if (k := room(*extents[n]))}
@@ -228,13 +223,6 @@ def _map_sized(fn, items, extents, folder, workers, desc):
     return map_items(fn, items, folder, workers, desc)
 
 # %% ../nbs/comparison.ipynb #98e2935b
-def free_bytes() -> int:
-    "Memory that this process may still take."
-    free = [psutil.virtual_memory().available]
-    limit, used = Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory.current')
-    if limit.is_file() and (most := limit.read_text().strip()).isdigit(): free.append(int(most) - int(used.read_text()))
-    return max(0, min(free))
-
 def affordable(extents:dict, # name -> arguments of `room`
                workers:int,  # processes asked for
                folder,       # for the records

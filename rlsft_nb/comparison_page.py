@@ -16,7 +16,8 @@ import numpy as np
 
 from .commands import parser, run
 from .drawing import BLACK, BLUE, GREEN, GREY, OKABE, PALE, PURPLE, SKY, VERMILION, caption, drawn, legend, panels, png_bytes
-from .core import ParamError, atomic_write, write_json
+from .files import atomic_write, write_json
+from .problems import ParamError
 from .pages import html_image, html_list, html_page, html_table
 
 # %% ../nbs/comparison_page.ipynb #3b37616b
@@ -288,6 +289,8 @@ CHAIN_WORDS = {'update': 'The difference between one checkpoint and the next.', 
                'chance': 'What the second update gives with its entries shuffled, and what second updates of other matrices of the same shape give.',
                'back, on, sideways': 'The cosine lies below, above or inside both kinds of chance.',
                'inside': 'The share of the second update (squared) that lies in the leading directions of the first, on both sides; those with 90 % of its energy, at most a quarter of all.',
+               'leading quarter': 'The directions of the first checkpoint that carry most of what it does; chance is the share that a shuffled update has in them.',
+               'over matrices': 'An interval: where the number would lie in 95 of 100 draws of other matrices of the model.',
                'rank': 'Over how many directions an update is spread: stable (squared size over squared largest), effective (exponential of the entropy).'}
 
 WAYS = dict(back=VERMILION, on=BLUE, sideways='.35')
@@ -334,10 +337,10 @@ def write_chain_report(found:dict, # from `compare_chain`
                        out         # folder
     ) -> list:                     # the files
     "Records, table, figures and the one-file report of a chain."
-    from rlsft_nb.chain import chain_sentence, chain_summary
+    from rlsft_nb.chain import chain_answers, chain_summary
     out, rows, n = Path(out), chain_summary(found), len(found['points'])
     figures = {f'chain-{i + 1}' if n > 3 else 'chain': png_bytes(fig_chain(found, i)) for i in range(n - 2) if found['overall'][i]}
-    first = [chain_sentence(found, i) for i in range(n - 2)] + [chain_left(found) or 'Nothing was left out.']
+    first = [x for i in range(n - 2) for x in chain_answers(found, i)] + [chain_left(found) or 'Nothing was left out.']
     s = found['settings']
     how = [f"{s['draws']} shuffles and up to {s['draws']} other matrices of the same shape for each matrix, seed {s['seed']}. Updates are numbered in order."] + notes(found['opened'])
     parts = [html_image(b, 'Each dot is a matrix. Grey bars: 95 % of shuffled updates; grey dashes: updates of other matrices of the same shape.') for b in figures.values()]
@@ -369,8 +372,8 @@ def brief(found:dict # from `compare` or `compare_chain`
     ) -> dict:       # ready for JSON
     "The record without its curves: what `--json` prints."
     if 'points' in found:
-        from rlsft_nb.chain import chain_sentence, chain_summary
-        said = [chain_sentence(found, i) for i in range(len(found['overall']))]
+        from rlsft_nb.chain import chain_answers, chain_summary
+        said = [x for i in range(len(found['overall'])) for x in chain_answers(found, i)]
         return {k: found[k] for k in ('points', 'settings', 'overall', 'left', 'others', 'unread', 'opened')} | dict(said=said, matrices=chain_summary(found))
     from rlsft_nb.comparison import summary
     ms, turned = found['matrices'].values(), _judged(found)
@@ -384,10 +387,10 @@ def _pair(o, points, rev) -> tuple: # record, files; lines
     return found, [] if place()[0] else [headline(found), how_much(found), where(found), *write_report(found, o.out)]
 
 def _chain(o, points, rev) -> tuple:
-    from rlsft_nb.chain import chain_sentence, compare_chain
+    from rlsft_nb.chain import chain_answers, compare_chain
     from rlsft_nb.comparison import place
     found = compare_chain(points, o.out, o.matrices, o.exclude, o.draws, o.seed, o.workers, rev, o.base)
-    said = [chain_sentence(found, i) for i in range(len(points) - 2)] + [x for x in [chain_left(found)] if x]
+    said = [x for i in range(len(points) - 2) for x in chain_answers(found, i)] + [x for x in [chain_left(found)] if x]
     return found, [] if place()[0] else [*said, *write_chain_report(found, o.out)]
 
 def _compare(o) -> tuple: # what `run` prints

@@ -13,7 +13,8 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .core import DiskError, Problem, progress
+from .notices import progress
+from .problems import DiskError, Problem
 
 # %% ../nbs/divergence.ipynb #be9ba241
 def _kl(a, b) -> Tensor: # (n, V) log-probabilities -> (n,)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'OKABE', 'GREY', 'PALE', 'CELL', 'STYLE',
            'INTERVALS', 'drawn', 'panels', 'caption', 'key', 'legend', 'beside', 'percent', 'accuracy_axis', 'rates',
-           'log_ticks', 'rendered', 'png_bytes']
+           'log_ticks', 'rendered', 'svg_bytes', 'png_bytes']
 
 # %% ../nbs/drawing.ipynb #4cf7b6c0
 from functools import wraps
-import io
+import io, re
 
 # %% ../nbs/drawing.ipynb #2a1edde1
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK = OKABE = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'
@@ -25,7 +25,9 @@ def drawn(f):
     @wraps(f)
     def styled(*args, **kwargs):
         import matplotlib.pyplot as plt
-        with plt.rc_context(STYLE): return f(*args, **kwargs)
+        with plt.rc_context(STYLE): made, live = f(*args, **kwargs), plt.isinteractive()
+        if live: plt.ion() # a notebook's first figure turns it on, and the end of a style would turn it off: later figures would not be shown
+        return made
     return styled
 
 def panels(rows:int=1, cols:int=1, width:float=5., height:float=3.6, # of one panel, inches
@@ -100,6 +102,14 @@ def rendered(fig, dpi:int=120) -> bytes:
     "A figure as PNG; the same data give the same bytes."
     fig.savefig(buf := io.BytesIO(), format='png', dpi=dpi, bbox_inches='tight', metadata=dict(Software=None))
     return buf.getvalue()
+
+def svg_bytes(fig) -> bytes:
+    "A figure as SVG, and closed."
+    import matplotlib.pyplot as plt
+    with plt.rc_context({'svg.hashsalt': 'rlsft_nb', 'svg.fonttype': 'path'}): fig.savefig(buf := io.BytesIO(), format='svg', bbox_inches='tight', metadata=dict(Date=None, Creator=None))
+    plt.close(fig)
+    short = re.sub(rb' (?:d|x|y)="[^"]*"', lambda m: re.sub(rb'(\.\d\d)\d+', rb'\1', m[0]), buf.getvalue())
+    return re.sub(rb'\n\s*', b'\n', short)
 
 def png_bytes(fig, dpi:int=120) -> bytes:
     "A figure as PNG, and closed."

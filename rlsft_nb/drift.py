@@ -63,7 +63,7 @@ def _finding(found) -> str:
     return f"Of {len(told)} runs and chains that are free to drift along the gauge, {told.count('beyond')} do more than chance, {told.count('below')} less"
 
 @drawn
-def fig_theory(found:dict, # blocks: from `blocks_stage`, updates: from `theory_stage`
+def fig_theory(found:dict, # blocks: from `theory.measure_blocks`, updates: from `theory.measure_chains`
                title:str):
     "Figure A: where updates go, against chance."
     kinds, labels = by(found['blocks'], 'kind'), by([r for r in found['updates'] if r['changed']], 'label')

@@ -258,7 +258,7 @@ def edit64(p:Pair,             # from `pair`
     if mode in _RANKED: return _RANKED[mode](p, lo, hi)
     if mode in _SHARED: return _SHARED[mode](p, lo, hi, strength)
     size = float((edit64(p, like, lo, hi, strength=strength) - p.W).norm())
-    return _SIZED[mode](p, size, torch.Generator(p.W.device).manual_seed(seed)) if size else p.W.clone()
+    return _SIZED[mode](p, size, torch.Generator(p.W.device).manual_seed(seed)) if size > 1e-12*float(p.W.norm()) else p.W.clone() # what is below is the rounding of an edit that does nothing
 
 def _within(mode, lo, hi, strength):
     "Band and strength; where ranks are counted the strength is part of the band."

@@ -13,7 +13,8 @@ from typing import Literal
 import argparse, hashlib, io, json, os, random, shutil, sys
 
 from . import __version__
-from .core import DiskError, ParamError, Problem, make_dir, sha256_file
+from .files import make_dir, sha256_file
+from .problems import DiskError, ParamError, Problem
 from .game import LEVELS, PARTS, REWARDS, RULES, SIZES, answer, deal, face_values, feedback_turn, hands, multisets, prompt, solvable, solve, values, verify
 
 # %% ../nbs/envs.ipynb #d322a7f4

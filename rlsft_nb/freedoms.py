@@ -12,7 +12,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from .core import Markdown
+from .verdicts import Markdown
 
 # %% ../nbs/freedoms.ipynb #6084f394
 def rotation(h:int, g) -> Tensor: # (h, h) float64

@@ -9,7 +9,7 @@ __all__ = ['ModelError', 'encode', 'stop_ids', 'until_stop', 'at_rest', 'generat
 from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig
-from .core import Problem
+from .problems import Problem
 
 # %% ../nbs/generation.ipynb #57ade43c
 class ModelError(Problem, ValueError): "A checkpoint that is missing, broken or of another kind."

@@ -9,14 +9,13 @@ __all__ = ['MARK', 'keep_fp32', 'gather_head', 'freeze_idle', 'gathered', 'save_
 # %% ../nbs/launch.ipynb #1ec02c33
 import argparse, ctypes, os, re, signal, subprocess, sys
 from pathlib import Path
-
 import psutil
 import torch
 import yaml
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers.modeling_utils import set_zero3_state
-
-from .core import ParamError, Problem, StageMissing, empty_cache, load_params, missing_device, run_stage, yaml_mapping
+from .problems import ParamError, Problem, StageMissing
+from .machine import empty_cache, missing_device
+from .parameters import load_params, yaml_mapping
+from .stages import run_stage, StageLock, tidy
 from .models import rank, save_lm, world
 from .plan import check_fits, config_file, idle, overrides_of
 
@@ -26,6 +25,7 @@ def keep_fp32(acc # an `Accelerator`, before its `prepare`
     "With bf16 in shards: weights and outputs stay in fp32, and under FSDP2 gradients are summed in fp32."
     fsdp, zero = getattr(acc.state, 'fsdp_plugin', None), acc.state.deepspeed_plugin
     if acc.mixed_precision != 'bf16': return acc
+    from torch.distributed.fsdp import MixedPrecisionPolicy # here and below: takes seconds, and only training needs it
     if fsdp: fsdp.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
     if zero: zero.deepspeed_config |= dict(bf16=dict(enabled=False), torch_autocast=dict(enabled=True, dtype='bfloat16'))
     return acc
@@ -34,6 +34,7 @@ def keep_fp32(acc # an `Accelerator`, before its `prepare`
 def gather_head(model # as prepared by accelerate
     ):
     "Under FSDP2: the head's weight is whole when the trunk has run, and its gradient is summed over processes."
+    from torch.distributed.fsdp import FSDPModule
     head = model.get_output_embeddings()
     if isinstance(head, FSDPModule): model.base_model.register_forward_hook(lambda *_: head.unshard() and None)
 
@@ -66,6 +67,7 @@ def gathered(acc,    # an `Accelerator`
              stock   # class of the model before it was prepared
     ) -> tuple:      # the model on the CPU, the tensors it has no place for; (None, {}) on other processes
     "A sharded model in one piece."
+    from transformers.modeling_utils import set_zero3_state
     weights, lm = _full(acc, model), acc.unwrap_model(model)
     if not acc.is_main_process: return None, {}
     with torch.device('meta'), set_zero3_state(): plain = stock(lm.config) # or DeepSpeed wants all processes for parts of it
@@ -166,12 +168,16 @@ def run_on_many(st,         # a `Stage`
     "Make a training stage here, on launched processes, or as one of these."
     if world() > 1 and rank() and not st.done: fn(st.path); return st
     if st.done: return run_stage(st, fn, cfg)
-    if world() > 1 or cfg.launch.processes == 1: return run_stage(st, lambda folder: _check(cfg, module, world(), os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true') or fn(folder), cfg)
     lacks, gpu = missing_device(cfg.needs), torch.cuda.device_count()
+    if world() > 1 or cfg.launch.processes == 1:
+        if not lacks: _check(cfg, module, world(), os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true')
+        return run_stage(st, fn, cfg)
     if lacks: raise StageMissing(f'stage {st} (seed {st.seed}) is not there and {lacks}. {st.command()}')
     if 0 < gpu < cfg.launch.processes: raise ParamError(f'launch.processes={cfg.launch.processes}: this machine has {gpu} GPUs')
     _check(cfg, module, cfg.launch.processes, gpu and yaml.safe_load(config_file(cfg.launch.config).read_text())['distributed_type'] == 'DEEPSPEED')
     empty_cache()
+    with StageLock(st):
+        if not st.done: tidy(st) # no rank may look before
     try: stream(command(module, cfg, bool(gpu), **more))
     except LaunchError:
         if not st.done: raise # the records are written last: what fails after them changes nothing

@@ -18,7 +18,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from . import comparison, edits, matrices, ppo, ppo_run, rollouts, sft, surgery
-from .core import Problem, process_pool, empty_cache, gpus, load_params, named_function, peak_mib, provenance, threads, yaml_mapping
+from .machine import empty_cache, gpus, peak_mib
+from .origins import provenance
+from .parallel import process_pool, named_function, threads
+from .parameters import load_params, yaml_mapping
+from .problems import Problem
 from .records import save_record
 from .game import Verdict
 from .generation import generate_ids

@@ -15,7 +15,7 @@ import numpy as np
 from .chance import bands
 from .checkpoint_chains import FREE
 from .claim_records import Absent, Untestable
-from .core import wilson
+from .intervals import wilson
 from .drift import groups, prefers
 from .measures import measure
 
@@ -37,13 +37,13 @@ def values_stay(get, cfg, pair, at=.01) -> dict:
     "Share of matrices whose singular values shift by at most `at`."
     rows = _rows(get, pair)
     chance = sum(r['shift']/r['values_ratio'] <= at for r in rows)/len(rows)
-    return _of(sum(r['shift'] <= at for r in rows), len(rows), 'matrices') | dict(null=chance)
+    return _of(sum(r['shift'] <= at for r in rows), len(rows), 'matrices') | dict(null=chance, size=median(r['values_ratio'] for r in rows))
 
 @measure
 def turned(get, cfg, pair) -> dict:
     "Share of matrices whose leading quarter turns beyond chance."
     rows = _rows(get, pair)
-    return _of(sum(r['lead_verdict'] == 'beyond' for r in rows), len(rows), 'matrices') | dict(null=.025)
+    return _of(sum(r['lead_verdict'] == 'beyond' for r in rows), len(rows), 'matrices') | dict(null=.025, size=median(r['lead_ratio'] for r in rows))
 
 # %% ../nbs/measures_spectra.ipynb #9c84214a
 def _there(get, name, pairs) -> list:

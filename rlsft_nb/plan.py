@@ -16,14 +16,17 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-
-import psutil
 import torch
 import yaml
 from transformers import AutoConfig
-
 from .commands import parser, run
-from .core import ParamError, Problem, attr_dict, near, plain_dict, gpus, load_params, named_function, params_dir, repository, yaml_mapping
+from .dose import dose_line
+from .graph import story
+from .machine import gpus, free_bytes
+from .parallel import named_function
+from .parameters import attr_dict, plain_dict, load_params, yaml_mapping
+from .places import params_dir, repository
+from .problems import ParamError, Problem, near
 from .game import answer, feedback_turn, prompt, solve, values, verify
 from .generation import ModelError
 from .models import model_class, locate
@@ -263,7 +266,7 @@ def check_fits(cfg, stage:str, n:int, # processes
         if needed(parts) <= gib: return
         most = ', '.join(f'{k} {v/GIB:.1f}' for k, v in sorted(parts.items(), key=lambda p: -p[1])[:3])
         raise TooLarge(f"{stage} of {cfg.name} takes about {needed(parts):.0f} GiB on each of {n} GPU{'s'*(n > 1)} of {gib:.0f} GiB ({most}). It would fit with: {advice(cfg, stage, n, gib)}")
-    free, takes = psutil.virtual_memory().available/GIB, n*(needed(memory(attr_dict(cfg | dict(workers=1)), stage, n)) - .5) # what runs beside it has its part
+    free, takes = free_bytes()/GIB, n*(needed(memory(attr_dict(cfg | dict(workers=1)), stage, n)) - .5) # what runs beside it has its part
     if takes > free: raise TooLarge(f'{stage} of {cfg.name} takes about {takes:.1f} GiB of memory without a GPU; {free:.1f} GiB are free')
 
 # %% ../nbs/plan.ipynb #ac79dc8a
@@ -323,8 +326,8 @@ def edit_seconds(cfg, s, spec:dict # of `restore.grid`
 # %% ../nbs/plan.ipynb #409a6311
 def grids_of(cfg, s) -> dict: # which -> specs
     "Cells that restoration plays, for each target and reference."
-    grid, rank = named_function('restore.grid'), max(map(min, s.matrices))
-    return {which: list(grid(cfg.restore, s.depth, rank, not s.head, which, cfg.restore.full_seeds > 0).values()) for which in named_function('restore.WHICH')}
+    grid, rank = named_function('restoration.grid'), max(map(min, s.matrices))
+    return {which: list(grid(cfg.restore, s.depth, rank, not s.head, which, cfg.restore.full_seeds > 0).values()) for which in named_function('restoration.WHICH')}
 
 def restore_hours(cfg, s, n) -> float:
     "Every pair opened by each worker; every cell edited and played by one of them. Narrow matrices need no GPU of one's own."
@@ -357,7 +360,7 @@ def report(cfg, n:int, gib:float) -> str:
         out += [f"{'':10}{k:<44}{v/GIB:7.1f}" for k, v in r['parts'].items() if v]
         if r['change']: out.append(f"{'':10}would fit with: {r['change']}")
     out.append(f"{'all':<80}{sum(r['hours'] for r in table(cfg, n, gib)):7.2f} h")
-    return '\n'.join([*out, '\nMemory is for hands with every attempt at the length limit. Hours are estimates for H100 cards at assumed shares of their peak (nbs/plan.ipynb), not measurements.'])
+    return '\n'.join([*out, '\n' + dose_line(cfg), 'Memory is for hands with every attempt at the length limit. Hours are estimates for H100 cards at assumed shares of their peak (nbs/plan.ipynb), not measurements.'])
 
 # %% ../nbs/plan.ipynb #a39aa3fb
 def _changed(new, old): # the keys of `new` that differ from `old`, nested
@@ -382,7 +385,7 @@ SBATCH = '''#!/bin/bash
 set -eu
 cd {root}
 export PATH={bin}:"$PATH" OMP_NUM_THREADS=1
-{sft}for nb in nbs/0[1-7]_*.ipynb; do papermill "$nb" -p model {model} -p seed {seed} -y {overrides}; done
+{sft}for nb in {notebooks}; do papermill "nbs/$nb.ipynb" -p model {model} -p seed {seed} -y {overrides}; done
 '''
 
 MANY = '''export MASTER_ADDR=$(hostname)
@@ -401,7 +404,7 @@ def slurm(cfg, nodes:int=1, per_node:int=4, account:str='ACCOUNT', partition:str
     hours = 2*sum(r['hours'] for r in table(over, per_node, 80)) + 1
     return SBATCH.format(name=f'rlsft-{cfg.name}', account=account, partition=partition, nodes=nodes, gpus=f'\n#SBATCH --gpus-per-node={per_node}' if has else '', cpus=4*per_node if has else max(per_node, cfg.workers),
         mem=math.ceil(max(host_gib(cfg, s, per_node) for s in STAGES)*1.2), time=_time(hours), root=shlex.quote(str(repository())), bin=shlex.quote(str(Path(sys.executable).parent)),
-        sft=MANY.format(launch=shlex.quote(' '.join(words))) if nodes > 1 else '', model=cfg.name, seed=seed, overrides=shlex.quote(f'overrides: {given}'))
+        sft=MANY.format(launch=shlex.quote(' '.join(words))) if nodes > 1 else '', notebooks=' '.join(story()), model=cfg.name, seed=seed, overrides=shlex.quote(f'overrides: {given}'))
 
 # %% ../nbs/plan.ipynb #c0228027
 def _asked(o): # -> (rows of `table`, as text, exit code)

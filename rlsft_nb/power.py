@@ -12,9 +12,10 @@ import math
 
 from scipy import stats
 
-from .core import Markdown, wilson
+from .intervals import wilson
+from .verdicts import Markdown
 from .judging import interval, told
-from .ppo import AUTHORS
+from .sweep import AUTHORS
 from .recovery import holm
 
 # %% ../nbs/power.ipynb #a85609d6

@@ -8,7 +8,7 @@ __all__ = ['TrainingError', 'chunks', 'total', 'recall', 'precision', 'reread']
 # %% ../nbs/reading.ipynb #cb17267b
 import torch
 from .actor_critic import collate
-from .core import Problem
+from .problems import Problem
 from .rollouts import tolerance
 
 # %% ../nbs/reading.ipynb #24c4e803

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['recovery', 'compare', 'holm', 'contests', 'judge_share', 'judge_cost', 'judge_values', 'judge_wins', 'span',
-           'two_digits', 'share_row', 'contest_row']
+           'whole_percents', 'share_row', 'contest_row']
 
 # %% ../nbs/recovery.ipynb #2906acc5
 import numpy as np
 
-from .core import cluster_interval, mcnemar
+from .intervals import cluster_interval, mcnemar
 
 # %% ../nbs/recovery.ipynb #bc5f3230
 def _hits(bits): return np.frombuffer(bits.encode(), np.uint8) - 48.
@@ -105,7 +105,7 @@ def judge_wins(tests:list, # from `contests`
 
 # %% ../nbs/recovery.ipynb #3b18799e
 def span(r): return None if r['lo'] is None else (r['lo'], r['hi'])
-def two_digits(r): return 'none' if r['value'] is None else f"{r['value']:.2f}"
+def whole_percents(r): return 'none' if r['value'] is None else f"{round(100*r['value'])} %"
 def _points_won(tests): return ', '.join(f"{100*x['gain']:+.1f}" for x in tests) + ' points'
 
 def share_row(claim, cell, null=None) -> dict: # row of `verdict_table`

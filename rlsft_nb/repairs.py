@@ -9,7 +9,9 @@ __all__ = ['REPAIRS', 'STRENGTHS', 'COLORS', 'SAME', 'repair_specs', 'repaired',
 # %% ../nbs/repairs.ipynb #83100410
 import math
 
-from .core import Stage, read_json, run_stage
+from .files import read_json
+from .graph import as_stage
+from .stages import Stage, run_stage
 from .drawing import BLUE, GREEN, GREY, INTERVALS, ORANGE, PURPLE, VERMILION, accuracy_axis, caption, drawn, legend, panels, rates
 from .edits import controls_of
 from .models import score, weights_id
@@ -32,7 +34,7 @@ def repaired(folder, cfg, part:str='test') -> dict: # ID, OOD: records of `evalu
 
 def repairs_stage(cfg, target:str, reference:str) -> Stage: # results: target, reference: records; cells: name -> from `repaired`
     "Every repair and every control, scored; a run that was killed goes on."
-    st = Stage('repairs', cfg.name, dict(eval=cfg.eval, game=cfg.game, modes=REPAIRS, strengths=STRENGTHS, checkpoints=[weights_id(cfg, w) for w in (target, reference)]), notebook='repairs.ipynb')
+    st = as_stage('repairs', cfg, dict(eval=cfg.eval, game=cfg.game, modes=REPAIRS, strengths=STRENGTHS, checkpoints=[weights_id(cfg, w) for w in (target, reference)]))
     def fn(folder):
         cells = sweep(target, reference, folder/'sweep', repair_specs(), lambda f: repaired(f, cfg), controls=True, key=f'{st.key}')
         ends = {n: score(w, cfg, 'test', ['ID', 'OOD']) for n, w in dict(target=target, reference=reference).items()}

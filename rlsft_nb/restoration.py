@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['WHICH', 'layer_groups', 'cell_name', 'grid', 'families', 'within_all', 'outline', 'play_cells', 'first_rates',
-           'summary']
+           'summary', 'line', 'equal_left', 'harms', 'rl_gained', 'kept_gain', 'beating']
 
 # %% ../nbs/restoration.ipynb #97bd95c1
+import math
+
 from .comparison import open_weights
-from .core import ParamError, map_items
+from .parallel import map_items
+from .problems import ParamError
 from .edits import PLACES
 from .models import clusters
-from .recovery import compare, contests
+from .recovery import compare, contests, holm
 from .workbench import put_away
 
 # %% ../nbs/restoration.ipynb #df7e9e8c
@@ -125,3 +128,45 @@ def summary(played:dict,    # of one pair, from `play_cells`
     rows = {n: s | compare(got[n], target, peak, by, cfg.restore.draws) | dict(edit=got[n]['edit']) for n, s in played['specs'].items()}
     return {k: played[k] for k in ('freedom', 'depth', 'rank')} | dict(target=first_rates(target), reference=first_rates(reference), cells=rows,
         tests=families(got, cfg.restore, played['depth'], by))
+
+# %% ../nbs/restoration.ipynb #e0a4bdca
+def line(res:dict) -> list: # of (distance left, record with rate, lo and hi), nearest first
+    "The straight line from target to reference, as far as it was played; `res` is of `summary`."
+    blends = [c for n, c in res['cells'].items() if n.startswith('blend-')]
+    found = [(c['edit']['to_reference'], c['OOD']) for c in blends] + [(0., res['reference']['OOD'])]
+    whole = max((c['edit']['to_reference'] + c['edit']['size'] for c in blends), default=0.)
+    return sorted(found + [(whole, res['target']['OOD'])]*bool(blends), key=lambda p: p[0])
+
+def equal_left(res:dict, ranks:float) -> dict: # gain, lo, hi (points between -1 and 1), here, there (rates), left; {} where the line does not reach
+    "OOD accuracy with the top `ranks` of directions minus that of the straight line at the same distance from the reference."
+    cell, points = res['cells'][cell_name('directions', ranks)], line(res)
+    left, a = cell['edit']['to_reference'], cell['OOD']
+    pair = next(((p, q) for p, q in zip(points, points[1:]) if p[0] <= left <= q[0]), None)
+    if not pair: return {}
+    w = (left - pair[0][0])/((pair[1][0] - pair[0][0]) or 1.)
+    b = {k: (1 - w)*pair[0][1][k] + w*pair[1][1][k] for k in ('rate', 'lo', 'hi')}
+    gain = a['rate'] - b['rate']
+    return dict(gain=gain, lo=gain - math.hypot(a['rate'] - a['lo'], b['hi'] - b['rate']), hi=gain + math.hypot(a['hi'] - a['rate'], b['rate'] - b['lo']), here=a['rate'], there=b['rate'], left=left)
+
+# %% ../nbs/restoration.ipynb #c674611a
+def harms(res:dict, names:list) -> bool: # `res` as `summary`; of cells
+    "Whether some of these edits lower ID accuracy beyond doubt."
+    played = [res['cells'][n]['ID'] for n in names if n in res['cells']]
+    return any(c['p'] < .01 and c['rate'] < res['target']['ID']['rate'] for c in played)
+
+def rl_gained(res:dict) -> float: # between 0 and 1; `res` is the summary of RL towards the SFT end
+    "OOD accuracy that RL gained beyond doubt (p < 0.01), from the cell that is the SFT end again; 0 where it gained none."
+    end, now = res['cells'].get(cell_name('swap')), res['target']['OOD']['rate']
+    return max(0., now - end['OOD']['rate']) if end and end['OOD']['p'] < .01 else 0.
+
+def kept_gain(res:dict, mode:str) -> dict: # value, lo, hi; None where RL gained nothing beyond doubt
+    "Share of what RL gained that is left after an edit towards the SFT end."
+    gain, rl = rl_gained(res), res['target']['OOD']['rate']
+    if not gain: return dict(value=None, lo=None, hi=None)
+    cell = res['cells'][cell_name(mode)]['OOD']
+    return {k: 1 - (rl - cell[v])/gain for k, v in (('value', 'rate'), ('lo', 'lo'), ('hi', 'hi'))}
+
+def beating(cells:dict, before:float) -> list: # names; cells of one mode and the rate of the unedited model
+    "Cells with more OOD accuracy than the unedited model, by Holm's correction over all of them."
+    ps = holm([c['OOD']['p'] for c in cells.values()])
+    return [n for (n, c), p in zip(cells.items(), ps) if p < .05 and c['OOD']['rate'] > before]

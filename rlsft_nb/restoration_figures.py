@@ -24,10 +24,10 @@ def reference_lines(ax, r, c):
         ax.axhspan(100*r[who][c]['lo'], 100*r[who][c]['hi'], color=PALE, alpha=.6, lw=0)
         ax.axhline(100*r[who][c]['rate'], color='.3', ls=ls, lw=1, label=label)
 
-def cell_points(ax, x, rows, c, key, **how):
+def cell_points(ax, x, rows, c, key, said='', **how): # said: in place of the label of `LOOK`
     "Rates of cells with their intervals; hollow: within all attempts."
     color, marker, label = LOOK[key]
-    rates(ax, x, [row[c] for row in rows], color, label, marker, **how)
+    rates(ax, x, [row[c] for row in rows], color, said or label, marker, **how)
     more = [(a, 100*row[c]['within']['rate']) for a, row in zip(x, rows) if 'within' in row[c]]
     if more: ax.plot(*zip(*more), 'o', mfc='none', color=color, ms=10)
 
@@ -137,7 +137,7 @@ def rank_text(res:dict # from `summary`
 @drawn
 def fig_ranks(found:dict,     # which -> `summary`
               title:str,
-              unrelated=None  # results of `unrelated_stage`, for the column of the peak
+              unrelated=None  # from `restore.play_unrelated`, for the column of the peak
     ):
     "Figures 6 and 7: accuracy after restoring ranks of all matrices."
     fig, axes = _panels(found)

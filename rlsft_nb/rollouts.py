@@ -15,18 +15,20 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from .game import feedback_turn, prompt, verify
+from .game import cards_and_target, feedback_turn, prompt, rule_of, verify
 from .generation import ModelError, at_rest, encode, generate, stop_ids, until_stop
 
 # %% ../nbs/rollouts.ipynb #ebe17af3
 @dataclass
 class Trace:
     "One hand as it was played, in token ids."
-    cards:list                                   # four ranks
+    cards:list                                   # ranks
     ids:list                                     # prompt, answers and feedback so far
     spans:list = field(default_factory=list)     # (start, end) of each answer in `ids`
     verdicts:list = field(default_factory=list)  # `Verdict`, one an answer
     sampled:list = field(default_factory=list)   # log-probability of each answer token when it was drawn, where the player tells
+    target:int = 24
+    rule:str = '10'
 
     @property
     def solved(self): return bool(self.verdicts) and self.verdicts[-1].correct
@@ -57,13 +59,13 @@ def extend(ids:list, tail:list, stops:list) -> list: # ids of the next prompt
 # %% ../nbs/rollouts.ipynb #d6d77818
 def rollout(ask,              # prompts -> answers, lists of token ids; their log-probabilities in `ask.logp`, if it has them
             tok, stops:list,  # see `stop_ids`
-            hands:list,       # of four ranks each
-            game,             # `cfg.game`; the rule is `id_rule`
+            hands:list,       # of ranks, or dicts of cards, target and perhaps a rule
+            game,             # `cfg.game`; `id_rule` is the rule of hands that bring none
             most=lambda n: n  # largest n over all processes
     ) -> list:                # `Trace`, one a hand, in order
     "Plays hands to their end."
-    rule, target, feedback = game.id_rule, game.target, game.feedback
-    traces = [Trace(h, i) for h, i in zip(hands, encode(tok, [prompt(h, rule, target) for h in hands]))]
+    rules, hands = [rule_of(h, game.id_rule) for h in hands], [cards_and_target(h, game.target) for h in hands]
+    traces = [Trace(h, i, target=t, rule=r) for (h, t), r, i in zip(hands, rules, encode(tok, [prompt(h, r, t) for (h, t), r in zip(hands, rules)]))]
     tail = lru_cache(None)(lambda reason: tail_ids(tok, stops, dict(role='user', content=reason)))
     for turn in range(game.attempts):
         live = [t for t in traces if not t.solved]
@@ -74,7 +76,7 @@ def rollout(ask,              # prompts -> answers, lists of token ids; their lo
         if not all(said): raise ValueError(f'ask: answer {said.index([])} has no tokens; its stop token belongs to it')
         logps = getattr(ask, 'logp', None) or [()]*len(said)
         for t, ids, logp, text in zip(live, said, logps, tok.batch_decode(said, skip_special_tokens=True)):
-            t.hear(ids, verify(text, t.cards, rule, target, feedback), logp)
+            t.hear(ids, verify(text, t.cards, t.rule, t.target, game.feedback), logp)
     return traces
 
 # %% ../nbs/rollouts.ipynb #82f187d2
@@ -181,8 +183,9 @@ class Player:
                  longest:int,        # tokens of an answer
                  temperature:float,  # 0 is greedy
                  seed:int=0,
-                 most=lambda n: n):  # as in `rollout`
-        self.lm, self.pad, self.longest, self.temperature, self.most = lm, tok.pad_token_id, longest, temperature, most
+                 most=lambda n: n,   # as in `rollout`
+                 once:bool=False):   # new prompts: what all begin with is read once, in other last digits
+        self.lm, self.pad, self.longest, self.temperature, self.most, self.once = lm, tok.pad_token_id, longest, temperature, most, once
         self.rng, self.stops = torch.Generator(lm.device).manual_seed(seed), stop_ids(lm, tok)
         self.asked, self.read, self.row = [], [], [] # of each hand: its prompt, the ids in the bank, and where
         with at_rest(lm): check_bank(lm)
@@ -192,10 +195,19 @@ class Player:
     def recall(self, prompts): # sorts the bank by `prompts`; how much of each it holds
         known, was = enumerate(self.asked), []
         for p in prompts: was.append(next((i for i, ids in known if p[:len(ids)] == ids), None))
-        if None in was: self.bank = Bank(); return [0]*len(prompts)
+        if None in was: self.bank = Bank(); return self.begin(prompts) if self.once else [0]*len(prompts)
         rows = self.tensor([self.row[i] for i in was])
         self.bank.each(lambda x: x[rows])
         return [min(shared(p, self.read[i]), len(p) - 1) for p, i in zip(prompts, was)]
+
+    def begin(self, prompts): # reads the common beginning into the bank; its length for each
+        n = min(shared(prompts[0], p[:-1]) for p in prompts)
+        if n < 2 or len(prompts) < 2: return [0]*len(prompts)
+        self.bank.widen(n)
+        at = self.tensor([[*range(n)]])
+        next_logits(self.lm, self.bank, self.tensor([prompts[0][:n]]), at, torch.ones_like(at, dtype=torch.bool))
+        self.bank.each(lambda x: x.repeat(len(prompts), 1, 1, 1))
+        return [n]*len(prompts)
 
     def draw(self, ids, at, real): # (rows, new) -> next token of each row, and its log-probability
         logits = next_logits(self.lm, self.bank, ids, at, real).float()
@@ -237,8 +249,8 @@ def answer(self:Player, prompts): # tokens drawn for each prompt, and their log-
     return said, logp
 
 # %% ../nbs/rollouts.ipynb #524df5b2
-def greedy(lm, tok, max_new_tokens:int=64, batch_size:int=256): # chats -> answers, str
+def greedy(lm, tok, max_new_tokens:int=64, batch_size:int=256, once:bool=False): # chats -> answers, str; `once` as in `Player`
     "The likeliest answers of a model to the chats of the same hands, turn by turn."
-    try: ask = Player(lm, tok, max_new_tokens, 0.)
+    try: ask = Player(lm, tok, max_new_tokens, 0., once=once)
     except ModelError: return lambda chats: generate(lm, tok, chats, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return lambda chats: tok.batch_decode(ask(encode(tok, chats)), skip_special_tokens=True)

@@ -9,8 +9,12 @@ __all__ = ['ship', 'ship_all', 'main']
 import argparse, sys
 from pathlib import Path
 
-from . import ppo, sft
-from .core import PACKAGE, Problem, load_params, provenance, read_json, sha256_file, write_json
+from .pipeline import curve_stage, named_with_rl, score_stage
+from .files import read_json, sha256_file, write_json
+from .origins import provenance
+from .parameters import load_params
+from .places import PACKAGE
+from .problems import Problem
 from .models import load_lm, save_lm, score
 
 # %% ../nbs/shipped.ipynb #648c275c
@@ -31,10 +35,10 @@ def ship(folder,       # of a stage's checkpoint, fp32
 def ship_all(cfg, seed:int=0, to=None # a folder; that of the package where None
     ) -> dict:                        # name -> record
     "Peak, end and RL of one seed, beside their base."
-    to, curve = Path(to or PACKAGE/'data'/cfg.name), sft.curve_stage(cfg, seed).results()
-    at, points = ppo.named(cfg, seed), {p['step']: p['test'] for p in curve['points']}
+    to, curve = Path(to or PACKAGE/'data'/cfg.name), curve_stage(cfg, seed).results()
+    at, points = named_with_rl(cfg, seed), {p['step']: p['test'] for p in curve['points']}
     end = curve['end']
-    told = dict(peak=(dict(sft_step=curve['peak']), points[curve['peak']]), end=(dict(sft_step=end), points[end]), rl=(dict(start=end, updates=cfg.ppo.updates), ppo.score_stage(cfg, end, seed).results()))
+    told = dict(peak=(dict(sft_step=curve['peak']), points[curve['peak']]), end=(dict(sft_step=end), points[end]), rl=(dict(start=end, updates=cfg.ppo.updates), score_stage(cfg, end, seed).results()))
     return {n: ship(at[n], to/n, cfg, dict(seed=seed, **note), {c: before[c] for c in ('ID', 'OOD')}) for n, (note, before) in told.items()}
 
 # %% ../nbs/shipped.ipynb #62632de4

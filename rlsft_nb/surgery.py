@@ -9,19 +9,20 @@ __all__ = ['WIDE', 'GRID', 'parse_layers', 'parse_types', 'choose', 'Exists', 'T
 
 # %% ../nbs/surgery.ipynb #60bf2866
 import fcntl, hashlib, json, math, os, shlex, shutil, struct, subprocess, sys, types, zlib
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-
 import psutil, rlsft_nb
 import torch
 from safetensors import safe_open
 from torch import Tensor
-
 from .commands import parser, run
-from .core import DiskError, Problem, StageBusy, atomic_write, make_dir, own_device, progress, read_json, write_json
+from .problems import DiskError, Problem, StageBusy
+from .files import atomic_write, make_dir, read_json, write_json
+from .machine import own_device, free_bytes
+from .notices import progress
 from .edits import CONTROLS, MODES, band, check_mode, controls_of, describe, edits, freedom, pair, parse_ranks, reach
 from .matrices import all_finite
 from .weights import Checkpoint, CheckpointError, kinds, open_checkpoint, put_slice
@@ -34,7 +35,7 @@ def parse_layers(layers # None, a whole number, several of them, or text such as
     parts = [str(x).strip().split('-') for x in (layers.split(',') if isinstance(layers, str) else layers)]
     try: spans = [(int(p[0]), int(p[-1])) for p in parts if len(p) < 3]
     except ValueError: spans = []
-    if len(spans) != len(parts) or any(a > b for a, b in spans): raise ValueError(f"layers={layers!r}: expected numbers and spans such as '0-6,9'")
+    if len(spans) != len(parts) or any(a > b or b > 10**6 for a, b in spans): raise ValueError(f"layers={layers!r}: expected numbers and spans such as '0-6,9'")
     return sorted({i for a, b in spans for i in range(a, b + 1)})
 
 def parse_types(types # None, text such as 'q,experts.*', or several of these
@@ -58,7 +59,8 @@ def choose(matrices:list, # with `name`, `layer` and `type`, as in `Checkpoint.m
         for t in patterns:
             if not any(_means(m, t) for m in matrices): raise ValueError(f"{what}: {t!r} is none of {', '.join(known[:20])}{', ...'*(len(known) > 20)}, 1d")
     last = max((m.layer for m in matrices), default=-1)
-    for i in set(layers or []) - {*range(1 + last)}:
+    for i in layers or []:
+        if 0 <= i <= last: continue
         raise ValueError(f'layers: {i} is not there; the model has 0 to {last}' if last >= 0 else f"layers: none are known for these names: {', '.join(known[:4])}; choose by types")
     placed = lambda m: layers is None or m.layer in layers or m.layer < 0 and bool(types)
     return [m.name for m in matrices if placed(m) and (types is None or any(_means(m, t) for t in types)) and not any(_means(m, t) for t in exclude)]
@@ -257,7 +259,7 @@ def plan(target, reference, # anything that `open_checkpoint` takes
                 disk_gib=round(sum(f.stat().st_size for f in tgt.files)/2**30, 3), memory_gib=round(peak/2**30, 3), memory_free_gib=round(_memory()/2**30, 3),
                 left_alone=[f'{n}: {why}' for n, why in left])
 
-def _memory(): return psutil.virtual_memory().available + psutil.swap_memory().free
+def _memory(): return free_bytes(psutil.swap_memory().free)
 
 # %% ../nbs/surgery.ipynb #1a89c2d7
 def _fits(tgt, ref, jobs):
@@ -312,8 +314,8 @@ def _workplace(out, job):
         same = (part/'.job').is_file() and (part/'.job').read_text() == job
         for f in part.iterdir():
             if not same and f.name != '.lock': shutil.rmtree(f) if f.is_dir() and not f.is_symlink() else f.unlink()
-        atomic_write(part/'.job', job)
         try:
+            atomic_write(part/'.job', job)
             yield part
             for f in part.glob('.*'): f.unlink()
             os.replace(part, out)
@@ -565,6 +567,8 @@ def sweep(target,       # as in `restore`
     path = lambda n: make_dir(folder)/f'{n}.json'
     todo = [n for n in specs if _record(path(n), want[n]) is None]
     run = partial(scored_by, score) if isinstance(score, str) else score
+    if not todo and (folder/'.sweep'/'.lock').is_file(): # left by a sweep that was killed at its very end
+        with suppress(StageBusy), _bench(folder): pass
     with _bench(make_dir(folder)) if todo else nullcontext() as work:
         for i in progress(range(0, len(todo), at_once), 'sweep'):
             batch = todo[i:i + at_once]

@@ -17,7 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models as tokenizer_mode
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from .commands import Parser
-from .core import cluster_interval, progress, provenance, read_json, sha256_file, write_json
+from .files import read_json, sha256_file, write_json
+from .intervals import cluster_interval
+from .notices import progress
+from .origins import provenance
 from .drawing import BLACK, BLUE, GREY, INTERVALS, accuracy_axis, caption, drawn, panels, percent, rates
 from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, face_values, hands, multisets, solve, values, verify
 from .generation import generate
@@ -102,6 +105,8 @@ class Corpus:
         slots |= dict(cards=gap.join(cards), j=rule[0], q=rule[1], k=rule[2])
         return q.format(**slots), a.format(**slots)
 
+    def told(self, formula, numbers=(), target=0): return formula # as an answer says it
+
     def hand(self):
         "Rule, cards, target and formula of one game."
         rule, cards = any_rule(self.rng), None
@@ -135,20 +140,23 @@ class Corpus:
         "One hand in plain words."
         rule, cards, target, formula = self.hand()
         numbers = values(cards, rule)
-        q, a = self.fill(forms, rule, cards, target=target, formula=formula, values=' '.join(map(str, numbers)))
+        said = self.told(formula, numbers, target)
+        q, a = self.fill(forms, rule, cards, target=target, formula=said, values=' '.join(map(str, numbers)))
         turns = [('user', q, False), ('assistant', a, True)]
         if not twice: return turns
         wrong, why = self.failure(numbers, formula, target, cards, rule)
-        return [turns[0], ('assistant', a.replace(f'{formula}={target}', f'{wrong}={target}'), False), ('user', RETRY.format(reason=why), False), turns[1]]
+        return [turns[0], ('assistant', a.replace(f'{said}={target}', f'{self.told(wrong)}={target}'), False), ('user', RETRY.format(reason=why), False), turns[1]]
 
 # %% ../nbs/tiny.ipynb #7e4b99e0
 def encode_chat(tok, chat) -> tuple: # (ids, labels), lists of int; label -100 where no loss is counted
-    "Token ids of a chat and its labels."
+    "Token ids of a chat and its labels; where a turn says a part of its text instead of yes or no, all but that part is counted."
     ids, labels = [], []
     for role, text, counted in chat:
-        body = tok(text + '<|end|>')['input_ids']
-        ids += [tok.convert_tokens_to_ids(f'<|{role}|>')] + body
-        labels += [-100] + (body if counted else [-100]*len(body))
+        before, aside, after = text.partition(counted) if isinstance(counted, str) else (text, '', '')
+        parts = [([tok.convert_tokens_to_ids(f'<|{role}|>')], False), (before, counted), (aside, False), (after + '<|end|>', counted)]
+        for part, counts in parts:
+            body = tok(part)['input_ids'] if isinstance(part, str) else part
+            ids += body; labels += body if counts else [-100]*len(body)
     return ids, labels
 
 def batches(tok, corpus, size:int, pool:int=16):
@@ -170,7 +178,7 @@ def new_model(tok, seed:int, width:int=192, layers:int=4) -> Qwen2ForCausalLM:
 
 def rate(step:int, steps:int, peak:float=1e-3) -> float:
     "Learning rate: linear warm-up over at most 100 steps, then cosine to 3 % of `peak`."
-    warm = min(100, steps//5)
+    warm = min(100, steps//5) or 1
     return peak*min(1, step/warm)*(.03 + .97*.5*(1 + math.cos(math.pi*step/steps)))
 
 # %% ../nbs/tiny.ipynb #c804b433
@@ -248,7 +256,7 @@ def free_form(lm, tok, hands:list, rule, target:int=24) -> dict: # rate, lo, hi,
     j, k, l = face_values(rule)
     asked = [GAME[i % len(GAME)] for i in range(len(hands))]
     chats = [[dict(role='user', content=q.format(target=target, cards=gap.join(h), j=j, q=k, k=l))] for (q, _, gap), h in zip(asked, hands)]
-    said = generate(lm, tok, chats)
+    said = generate(lm, tok, chats, max_new_tokens=192)
     found = [re.search(rf'([-+*/()0-9]+)={target}\s*$', s) for s in said]
     hits = [bool(f) and verify(f'{{"formula": "{f[1]}"}}', h, rule, target).correct for f, h in zip(found, hands)]
     groups = [tuple(sorted(values(h, rule))) for h in hands]

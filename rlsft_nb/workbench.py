@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .comparison import open_weights
-from .core import empty_cache, make_dir, runs_root
+from .files import make_dir
+from .machine import empty_cache
+from .places import runs_root
 from .edits import CONTROLS, Pair, describe, edit64, elsewhere, freedom, pair, reach
-from .game import hands
 from .matrices import CUT, Spectrum
-from .models import arithmetic, cells, device, evaluate, load_lm
+from .models import arithmetic, cells, dealt, device, evaluate, load_lm
 from .plan import idle
 from .surgery import choose, placed, seed_of
 from .weights import CheckpointError, safe_name
@@ -160,11 +161,12 @@ def score_cell(target:str,    # checkpoint that is edited
                seed:int=0,    # of the random controls
                like:str='',   # see `Workbench`
                within:int=0,  # hands that are also played within `cfg.game.attempts`
-               part:str='test'# whose first `cfg.eval.hands` hands are played
+               part:str='test',# whose first `cfg.eval.hands` hands are played
+               told=None      # see `evaluate`
     ) -> dict:                # ID and OOD: records of `evaluate`, first attempt; within: the same, of all attempts; edit: see `total`; freedom: see `shares`
     "One cell of the experiment; a worker function for `map_items`."
     w, g, e = workbench(target, reference, cfg, like), cfg.game, cfg.eval
     edited = w.put(**spec, seed=seed)
-    how = dict(target=g.target, feedback=g.feedback, max_new_tokens=e.max_new_tokens, batch_size=e.batch)
-    def played(n, attempts): return {c: evaluate(w.lm, w.tok, hands(part, *cells(cfg)[c])[:n], cells(cfg)[c][0], attempts, **how) for c in ('ID', 'OOD')}
+    how = dict(target=g.target, feedback=g.feedback, max_new_tokens=e.max_new_tokens, batch_size=e.batch, once=e.once, told=told)
+    def played(n, attempts): return {c: evaluate(w.lm, w.tok, dealt(cfg, part, *cells(cfg)[c])[:n], cells(cfg)[c][0], attempts, **how) for c in ('ID', 'OOD')}
     with arithmetic(cfg): return played(e.hands, 1) | dict(edit=edited, freedom=w.freedom) | (dict(within=played(within, g.attempts)) if within else {})
