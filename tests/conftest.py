@@ -3,7 +3,9 @@ import os, shutil, sys
 from pathlib import Path
 import pytest
 from hypothesis import settings
-from rlsft_nb.core import ROOT
+from rlsft_nb.places import ROOT
+
+for name in ('MAKELEVEL', 'MAKEFLAGS', 'MFLAGS', 'MAKEOVERRIDES'): os.environ.pop(name, None) # a make within `make test` would print that it enters a folder
 
 settings.register_profile('fixed', derandomize=True, deadline=None)
 settings.load_profile('fixed')
@@ -27,7 +29,7 @@ def repo(tmp_path, env, monkeypatch):
     (new/'nbs').mkdir(parents=True)
     (new/'rlsft_nb').mkdir()
     for f in ('settings.ini', 'params'): (shutil.copytree if (ROOT/f).is_dir() else shutil.copy)(ROOT/f, new/f)
-    for f in ('__init__', 'core', 'paper'): shutil.copy(ROOT/'rlsft_nb'/f'{f}.py', new/'rlsft_nb')
+    for f in (ROOT/'rlsft_nb').glob('*.py'): shutil.copy(f, new/'rlsft_nb')
     shutil.copy(Path(__file__).parent/'toy.ipynb', new/'nbs'/'00_toy.ipynb')
     monkeypatch.setenv('PYTHONPATH', str(new))
     monkeypatch.delenv('RLSFT_RUNS'); monkeypatch.delenv('RLSFT_FIGURES')

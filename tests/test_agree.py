@@ -1,9 +1,11 @@
 "A run made here beside the published one, and how `make paper` ends."
 import copy
-from rlsft_nb.agree import agreement, beside, inside, main
+from rlsft_nb.agree import agreement, beside, inside, lines, main
 from rlsft_nb.claims import load_claims
-from rlsft_nb.core import load_params, write_json
-from rlsft_nb.paper import known_seconds, left, numbered, placed, publish_runs
+from rlsft_nb.files import write_json
+from rlsft_nb.parameters import load_params
+from rlsft_nb.publishing import publish_runs
+from rlsft_nb.runner import known_seconds, numbered
 from rlsft_nb.records import records_dir
 from rlsft_nb.report import closing
 from test_claims import fake, save
@@ -18,6 +20,16 @@ def test_a_number_is_inside_its_published_interval_or_equal_to_three_digits():
     assert [inside(dict(value=v), there) for v in (.1, .3, .0999, .31)] == [True, True, False, False]
     assert [inside(dict(value=v), dict(value=12.34, lo=None)) for v in (12.31, 12.36)] == [True, False]
     assert beside(dict(id='a', claim='', each=[dict(seed=0, verdict='not run', why='')]), dict(each=[dict(seed=0, value=1, verdict='holds')])) == []
+
+def test_a_training_in_other_digits_is_one_more_seed():
+    seeds = [.50, .52, .47, .51, .49]
+    assert [inside(dict(value=v), dict(value=.5, lo=None), seeds) for v in (.55, .45, .60, .40)] == [True, True, False, False]
+    assert not inside(dict(value=.55), dict(value=.5, lo=None), seeds[:2]), 'two seeds say nothing of a third'
+    assert inside(dict(value=.62), dict(value=.5, lo=.3, hi=.7), seeds) and inside(dict(value=.55), dict(value=.5, lo=.49, hi=.51), seeds)
+    each = lambda *vs: [dict(seed=i, value=x, verdict=v) for i, (x, v) in enumerate(zip(seeds, vs))]
+    row, = beside(dict(id='a', claim='', each=[dict(seed=0, value=.53, verdict='fails')]), dict(each=each('holds', 'holds', 'fails', 'holds', 'holds')))
+    assert (row['inside'], row['published'], row['seeds']) == (True, 'holds', dict(holds=4, fails=1))
+    assert lines(dict(model='x', seeds=[0], n=1, inside=1, differ=[row], agrees=True))[1] == '  a (seed 0): fails, published holds; the number lies inside (published seeds: holds 4, fails 1)'
 
 def test_the_same_run_agrees_and_another_does_not(tmp_path, capsys):
     save(fake(), tmp_path); keep(fake())
@@ -41,17 +53,17 @@ def test_how_a_run_ends(tmp_path):
     assert closing('tiny') == []
     save(fake(), tmp_path); keep(fake())
     said = closing('tiny')
-    assert said[1].startswith('Seed 0 made here. 58 claims: ') and said[-1] == f"Page: {tmp_path/'runs'/'tiny'/'report.html'}" and (tmp_path/'runs'/'tiny'/'report.html').is_file()
+    assert said[1].startswith(f"Seed 0 made here. {len(load_claims()['claims'])} claims: ") and said[-1] == f"Page: {tmp_path/'runs'/'tiny'/'report.html'}" and (tmp_path/'runs'/'tiny'/'report.html').is_file()
     assert len(load_claims()['findings']) == 6 == len([l for l in said if l.startswith('  ')]) and any(l.startswith('Agrees with the published seed 0') for l in said)
     assert any('OOD accuracy peaks early in SFT' in l and 'points' in l for l in said)
 
-def test_the_time_that_is_left(tmp_path):
-    assert known_seconds('tiny') == {} and placed(numbered()[0], {})('x') == f'notebook 1 of {len(numbered())}  00_game  x'
-    write_json(tmp_path/'figures'/'tiny'/'seconds.json', dict(notebooks={n.stem: 60. for n in numbered()}))
-    write_json(tmp_path/'runs'/'tiny'/'02_sft-seed1.json', dict(seconds=600., files={}))
-    known = known_seconds('tiny')
-    assert known['02_sft'] == 600 and known['03_ppo'] == 60 and left(['02_sft', '03_ppo'], known, 300) == ', about 6 min left'
-    assert left(['02_sft', '03_ppo'], known, 10**6) == ', about 1 min left' and left(['02_sft', 'unknown'], known, 0) == ''
+def test_how_long_things_took(tmp_path):
+    assert known_seconds('tiny') == {}
+    write_json(tmp_path/'figures'/'tiny'/'seconds.json', dict(seconds={n.stem: 60. for n in numbered()} | dict(ppo=300.)))
+    write_json(tmp_path/'runs'/'tiny'/'02_sft-seed1.json', dict(fingerprint='', seconds=600., files={}, figures=[], stages=[]))
+    for name, told in (('spectra-sft-shuffle-1a2b3c4d', dict(seconds=7.)), ('sft-curve-1a2b3c4d', dict(seconds=9., resumed=False)), ('sft-1a2b3c4d', dict(seconds=1., resumed=True)), ('sweep-1a2b3c4d', dict(seconds=3.)), ('base-1a2b3c4d', [])):
+        write_json(tmp_path/'runs'/'tiny'/name/'done.json', told)
+    assert known_seconds('tiny') == {n.stem: 60. for n in numbered()} | {'02_sft': 600., 'ppo': 300., 'spectra': 7., 'sft-curve': 9.}
 
 def test_publishing_from_the_command(tmp_path, capsys):
     keep(dict(fig2=fake()['fig2']))

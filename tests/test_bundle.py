@@ -3,7 +3,9 @@ import hashlib, json, os, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
-from rlsft_nb.core import ROOT, load_params, read_json
+from rlsft_nb.files import read_json
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import ROOT
 from rlsft_nb.bundle import *
 
 @pytest.fixture
@@ -14,7 +16,7 @@ def wheels(tmp_path):
 
 @pytest.fixture
 def code(monkeypatch): # a few files stand for the repository
-    some = [Path('settings.ini'), Path('params/base.yaml'), Path('rlsft_nb/core.py')]
+    some = [Path('settings.ini'), Path('params/base.yaml'), Path('rlsft_nb/files.py')]
     monkeypatch.setattr('rlsft_nb.bundle.code_files', lambda: some)
     return some
 
@@ -130,7 +132,7 @@ def test_a_platform_runs_the_wheels_of_older_ones():
 
 def test_the_code_is_what_git_knows():
     files = {str(p) for p in code_files()}
-    assert {'rlsft_nb/core.py', 'nbs/core.ipynb', 'params/base.yaml', 'settings.ini', 'Makefile'} <= files and not any(f.startswith(('runs/', '.venv/')) for f in files)
+    assert {'rlsft_nb/files.py', 'nbs/files.ipynb', 'params/base.yaml', 'settings.ini', 'Makefile'} <= files and not any(f.startswith(('runs/', '.venv/')) for f in files)
 
 def test_the_command(tmp_path, wheels, code, capsys):
     assert main(['pack', 'smollm2', '--out', str(tmp_path/'b'), '--wheels', str(wheels), '--skip', 'torch']) == 0 and '2 wheels' in capsys.readouterr().out

@@ -1,16 +1,22 @@
 "The table of claims: its list, its rules, agreement with the notebooks that measure, and the paper's own numbers."
-import ast, json, math, random, shlex
+import ast, itertools, json, math, random, shlex
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 from rlsft_nb import judging, measures, ppo, restore, sft, spectra, theory
-from rlsft_nb.claims import judge_claims, load_claims, table, tally, to_markdown
+from rlsft_nb.sweep import gain_order
+from rlsft_nb.answers import OUTCOMES
+from rlsft_nb.claims import heading, judge_claims, load_claims, table, tally, to_markdown
 from rlsft_nb.judging import VERDICTS, over_seeds
 from rlsft_nb.measures import difference
 from rlsft_nb.power import needed, needed_paired, newcombe, own_numbers
 from rlsft_nb.records import records_dir, seeds_of
-from rlsft_nb.core import ROOT, ParamError, load_params, mcnemar, models, wilson, write_json
+from rlsft_nb.files import write_json
+from rlsft_nb.intervals import mcnemar, wilson
+from rlsft_nb.parameters import load_params, models
+from rlsft_nb.places import ROOT
+from rlsft_nb.problems import ParamError
 from rlsft_nb.models import clusters
 
 CFG = load_params('tiny')
@@ -28,7 +34,7 @@ def cell(c, rate, g):
 
 def stage(ood, id, g): return dict(within=dict(OOD=cell('OOD', ood, g), ID=cell('ID', id, g)))
 
-def losses(*ys): return [dict(step=100*i, loss={k: dict(loss=y*f, n=50) for k, f in (('id_train', 1.), ('id_test', 1.1), ('ood', 2.))}) for i, y in enumerate(ys)]
+def losses(*ys): return [dict(step=100*i, loss={k: dict(loss=y*f, n=50) for k, f in (('id_train', 1.), ('id_test', 1.1), ('ood', 2.))}, test=dict(OOD=cell('OOD', min(.9, .1*y), random.Random(i)))) for i, y in enumerate(ys)]
 
 def edited(target, peak, rate, g, c='OOD', **more):
     e = cell(c, rate, g)
@@ -58,14 +64,16 @@ def fake(seed=0, ood=(.33, .09, .25), id=(.79, .49, .47)) -> dict: # OOD and ID 
     peak, end, rl = (stage(o, i, g) for o, i in zip(ood, id))
     t, p, r = end['within'], peak['within'], rl['within']
     scores = dict(base=stage(0., 0., g), peak=peak, end=end)
-    starts = [dict(step=s, before=dict(OOD=cell('OOD', b, g), ID=cell('ID', b, g)), after=dict(OOD=cell('OOD', a, g), ID=cell('ID', a, g))) for s, b, a in ((100, .1, .2), (200, ood[0], .25), (300, .2, .22), (400, ood[1], ood[2]))]
+    starts = [dict(step=s, before=dict(OOD=cell('OOD', b, g), ID=cell('ID', b, g)), after=dict(OOD=cell('OOD', a, g), ID=cell('ID', a, g)), log=[dict(zip(OUTCOMES, (1 - 4*a/5, *[a/5]*4)))]) for s, b, a in ((100, .1, .2), (200, ood[0], .25), (300, (ood[0] + ood[1])/2, .4), (400, ood[1], ood[2]))]
     name = restore.cell_name
     ranks = {name('directions', k): both(t, p, ood[1] + (ood[0] - ood[1])*k**.5, id[1] + .3*k, g, mode='directions', ranks=k) for k in (.05, .2, .5, 1.)}
     controls = {name(m, k): both(t, p, rate, .5, g, mode=m, ranks=k) for m, k, rate in (('interpolate', .2, ood[0]), ('values', 1., ood[1]), ('random_rotation', 1., ood[1]))}
-    layers = {name(m, layers=l): both(t, p, o, i, g, mode=m, layers=l) for m in ('directions', 'swap') for l, o, i in (('0', .1, .6), ('1-2', .09, .7), ('3', .1, .5))}
+    layers = {name(m, layers=l): both(t, p, o, i, g, mode=m, layers=l) for m in ('directions', 'swap') for l, o, i in (('0', .1, .6), ('1-2', .09, .7), ('3', .1, .2), ('0-3', .1, .7))} | {name('directions', types=True): both(t, p, ood[0]*.6, id[1], g, mode='directions')}
+    for n, c in [*ranks.items(), *controls.items(), (name('blend', .5), both(t, p, (ood[0] + ood[1])/2, .6, g, mode='blend', ranks=.5))]: controls[n] = c | dict(edit=dict(size=2., to_reference=1. if n != name('blend', .5) else 2.))
     target = dict(OOD=t['OOD']['first'] | dict(n=t['OOD']['n']), ID=t['ID']['first'] | dict(n=t['ID']['n']))
-    res = dict(depth=4, freedom=dict(chance=.05), target=target, tests=dict(distance=[won(-.1, .001)], places=[won(.1, .001), won(.05, .02)], bands_OOD=[won(.01, .5)]*2, bands_ID=[won(-.1, .001)]*2))
-    imposed = {name(m, 1.): both(r, r, o, .4, g, mode=m) for m, o in (('directions', ood[1]), ('values', ood[2]), ('interpolate', ood[1]))}
+    reference = dict(OOD=p['OOD']['first'] | dict(n=p['OOD']['n']), ID=p['ID']['first'])
+    res = dict(depth=4, freedom=dict(chance=.05), target=target, reference=reference, tests=dict(distance=[won(-.1, .001)], places=[won(.1, .001), won(.05, .02)], bands_OOD=[won(.01, .5)]*2, bands_ID=[won(-.1, .001)]*2))
+    imposed = {name(m, 1.): both(r, r, o, .4, g, mode=m) for m, o in (('directions', ood[1]), ('values', ood[2]), ('interpolate', ood[1]), ('swap', ood[1]))}
     layer = [matrix(i, k, s, 3., v) for i in (0, 1) for k, s, v in zip('qkv', (.004, .005, .02), ('beyond', 'beyond', 'within'))]
     spectra_ = {label: layer for label in ('SFT', 'SFT from peak', 'RL')}
     kept = {label: dict(matrices={k: curves([.02, .01] + [.001]*16 + [-.01, .01]) for k in 'qkv'}) for label in spectra_}
@@ -73,12 +81,29 @@ def fake(seed=0, ood=(.33, .09, .25), id=(.79, .49, .47)) -> dict: # OOD and ID 
     return {'fig1-sft': dict(scores=scores), 'fig1': dict(scores=scores | dict(rl=rl), stages={'tiny/ppo-1a2b3c4d': dict(commit='0'*40, dirty=False, python='3.11', device=['H100'], versions=dict(torch='2.9'))}),
             'fig2': dict(curve=dict(points=losses(5., 1., .5, .8, 1.), peak=200, end=400)), 'sweep': dict(sweep=dict(points=starts)), 'spectra-overview': spectra_, 'fig3': kept, 'fig4': dict(kept),
             'fig5': dict(peak=res | dict(cells=layers)), 'fig6': dict(peak=res | dict(cells=ranks | controls)), 'fig6-unrelated': dict(tests=[won(.1, .001), won(.2, .001)]),
+            'compare': dict(result=dict(arms={a: dict(scores=dict(OOD=cell('OOD', x, g))) for a, x in (('own', .3), ('expert', .1))})),
             'fig7': dict(rl=res | dict(cells=imposed, target=dict(OOD=r['OOD']['first'] | dict(n=r['OOD']['n'])))), 'figA': gauge}
 
 def save(records, folder, seed=0):
     for name, r in records.items(): write_json(folder/'figures'/'tiny'/f'{name}-seed{seed}.json', r)
 
-def verdicts_of(record): return {c['id']: c['verdict'] for c in record['claims']}
+def answer(v, **more): return dict(value=v, lo=v - .01, hi=v + .01, by_chance=.02, share=.1, mismatched=[.03, .04], p=.001) | more
+
+def shipped(folder, back=.3, kl=-.5, shuffled=.2, inside=.6, avoids=-.4) -> int: # number of files
+    "Records of the checkpoints that ship, which are of no seed."
+    g = random.Random(9)
+    two = lambda: dict(ID=cell('ID', .5, g), OOD=cell('OOD', .1, g))
+    card = lambda at, x: dict(source=f'tiny:{at}', numbers=dict(unchanged=dict(value=.2, lo=.1, hi=.3, n=30)), sums={t: [[1, x + .01*i, 0, 0, x + .01*i, 0] for i in range(6)] for t in ('new', 'old')})
+    step = dict(before=2., value=kl, lo=kl - .1, hi=kl + .1, n=50, shuffled=[shuffled])
+    said = dict(cosine=-back, taken_back=back/10, p=1e-9, mismatched=[.01, -.01, .02], n=30, answers=dict(reverses=answer(back), nearer=answer(back/9, by_chance=-.1), stays=answer(inside), avoids=answer(avoids), takes=answer(2.)))
+    won = dict(gain=.02, holm=.001, p=.001, n01=30, n10=10)
+    records = dict(forget=dict(base=dict(cards=[card('peak', 1), card('end', 2), card('rl', 3)]), end=dict(cards=[card('rl', 1)]), peak=dict(steps=[dict(new=step)])), chain=dict(peak=dict(overall=[said]), base=dict(overall=[said])),
+                   freed=dict(peak=dict(before=dict(OOD=cell('OOD', .33, g))), end=dict(tokens=['11', '12', '13'], constant=6., before=two(), after=dict(OOD=cell('OOD', .25, g)), other=two())),
+                   repairs=dict(target=dict(OOD=dict(n=1000)), tests=dict(intruders=[won], denoise=[won | dict(gain=-.02)])))
+    for name, r in records.items(): write_json(folder/'figures'/'tiny'/f'{name}.json', r)
+    return len(records)
+
+def verdicts_of(record): return {c['id']: c['verdict'].removesuffix(' by chance too') for c in record['claims']}
 
 # the list
 
@@ -87,6 +112,8 @@ def test_every_claim_has_its_place_and_its_source():
     order = list(LIST['sections'])
     at = [order.index(c['at'][0]) for c in LIST['claims']]
     assert at == sorted(at), 'in the order of the paper'
+    papers = [list(LIST['papers']).index(c['version']) for c in LIST['claims']]
+    assert papers == sorted(papers) and {*papers} == {*range(len(LIST['papers']))}, 'paper by paper, and none without a claim'
     notebooks = {p.stem for p in (ROOT/'nbs').glob('*.ipynb')}
     assert {r.split()[0] for r in LIST['records'].values()} <= notebooks
     for c in LIST['claims']: assert c['fixed'].startswith('here') or c['fixed'] in notebooks, c['id']
@@ -119,7 +146,7 @@ TESTS = [dict(kind='sign', expect='up', alpha=.01), dict(kind='sign', expect='do
 @given(values=numbers)
 def test_over_seeds(t, values):
     got = over_seeds(t, ['holds']*len(values), values)
-    assert got['verdict'] in VERDICTS[:3] and got == over_seeds(t, ['holds']*len(values), values)
+    assert got['verdict'] in ('holds', 'fails', 'within noise') and got == over_seeds(t, ['holds']*len(values), values)
     if len(values) == 1: assert got['verdict'] == 'holds'; return
     assert over_seeds(t, ['fails']*len(values), values)['verdict'] == got['verdict'] # seeds' verdicts count only where there is one
     inside = [judging.inside(t, v) for v in values]
@@ -156,7 +183,8 @@ def test_verdicts_agree_with_the_notebooks(tmp_path, seed, ood, id):
     scores, sweep, curve = r['fig1']['scores'], r['sweep']['sweep'], r['fig2']['curve']
     res, cells = r['fig6']['peak'], r['fig5']['peak']['cells'] | r['fig6']['peak']['cells']
     theirs = dict(zip(('ood-falls', 'id-rises', 'ood-loss-climbs', 'ood-loss-above-start'), [x['verdict'] for x in sft.verdicts(curve, scores, BY)]))
-    theirs |= dict(zip(('rl-restores', 'rl-limit', 'better-in', 'rl-costs-id', 'rl-from-peak'), [x['verdict'] for x in ppo.verdicts(scores, sweep, curve['peak'], BY)]))
+    theirs |= dict(zip(('rl-restores', None, 'better-in', 'rl-costs-id', 'rl-from-peak'), [x['verdict'] for x in ppo.verdicts(scores, sweep, curve['peak'], BY)]))
+    theirs.pop(None) # a plain difference, which is no claim
     theirs |= dict(zip(('ranks-20', 'layers-25', 'directions-not-values', 'more-than-distance', 'random-rotation', 'top-ranks', 'outer-ood', 'middle-id'),
                        [x['verdict'] for x in restore.verdicts(res | dict(cells=cells), CFG.restore)]))
     theirs |= dict(imposed=restore.imposed_verdicts(r['fig7'])[0]['verdict'])
@@ -180,17 +208,70 @@ def test_theory_agrees(tmp_path, gauge):
         theirs = theory.verdicts(r)[-1]['verdict']
         assert verdicts_of(judge_claims(CFG, [0]))['drifts'] == WORDS.get(theirs, theirs)
 
+# verdicts that can lose
+
+def test_what_the_control_earns_as_well_is_counted_apart(tmp_path):
+    save(fake(), tmp_path)
+    c = {c['id']: c for c in judge_claims(CFG, [0])['claims']}
+    assert c['directions-not-values']['verdict'] == c['alike-per-unit']['verdict'] == 'holds by chance too' and c['turn']['verdict'] == 'holds'
+    assert all(x['chance'] == (x['verdict'] == VERDICTS[1]) for x in c.values() if x['verdict'].startswith('holds'))
+
+def test_a_limit_needs_a_start_that_is_mended(tmp_path):
+    r = fake()
+    save(r, tmp_path)
+    assert (c := {c['id']: c for c in judge_claims(CFG, [0])['claims']})['rl-limit']['each'][0]['value'] > 0 and 'from step 300' in c['rl-limit']['here']
+    r['sweep']['sweep']['points'][2]['after'] = r['sweep']['sweep']['points'][2]['before']
+    save(r, tmp_path)
+    c = {c['id']: c for c in judge_claims(CFG, [0])['claims']}['rl-limit']
+    assert c['verdict'] == 'not testable here' and c['why'].startswith('RL mends no moderate start here (') and 'would have been seen' in c['why']
+
+def test_what_rl_did_not_gain_cannot_be_lost(tmp_path):
+    save(fake(0, (.33, .09, .09)), tmp_path)
+    c = {c['id']: c for c in judge_claims(CFG, [0])['claims']}
+    assert all(c[i]['why'] == 'RL gained no OOD accuracy beyond doubt, so that nothing of it can be lost' for i in ('imposed', 'directions-not-values-rl'))
+
+@given(st.lists(st.tuples(st.integers(1, 99), st.floats(-1, 2)), min_size=2, max_size=6))
+def test_pooled_shares_are_all_that_came_back_of_all_that_was_lost(seeds):
+    wholes, shares = zip(*seeds)
+    got, lost = judging.pooled(shares, wholes), np.array(wholes, float)
+    back = lost*np.array(shares)
+    assert math.isclose(got['mean'], back.sum()/lost.sum(), abs_tol=1e-12)
+    error = (back - got['mean']*lost).std(ddof=1)/math.sqrt(len(lost))/lost.mean() # a ratio estimator, as in Cochran 1977, 2.11
+    assert np.allclose((got['hi'] - got['lo'])/2, stats.t.ppf(.975, len(lost) - 1)*error, atol=1e-9)
+
+def test_the_smallest_effect_is_seen_four_times_in_five():
+    g = np.random.default_rng(0)
+    for n in (4000, 5):
+        x = g.normal(size=(20000, n)) if n == 5 else g.normal(size=(20000, 1))/math.sqrt(n)
+        half = (stats.t.ppf(.975, n - 1)*1/math.sqrt(n)) if n == 5 else stats.norm.ppf(.975)/math.sqrt(n)
+        d = judging.seen(dict(lo=-half, hi=half), 5 if n == 5 else 1)
+        if n == 5: found = stats.ttest_1samp(x + d, 0, axis=1).pvalue < .05
+        else: found = abs(x + d) > half
+        assert .75 < found.mean() < .87
+
+def test_gain_order_by_another_hand():
+    g = np.random.default_rng(1)
+    groups = [int(i) for i in g.integers(0, 60, 240)]
+    bits = lambda p: dict(OOD=dict(hits=''.join('1' if x < p else '0' for x in g.random(240))))
+    points = [dict(before=bits(p), after=bits(p + .1)) for p in (.1, .5, .3, .2, .4)]
+    of = {m: i % 2 for i, m in enumerate(sorted(set(groups)))}
+    def rates(w, h): return [np.mean([int(b) for b, m in zip(q[w]['OOD']['hits'], groups) if of[m] == h]) for q in points]
+    def rho(order): return np.mean([stats.spearmanr(rates('before', h), (np.array(rates('after', 1 - h)) - rates('before', 1 - h))[list(order)]).statistic for h in (0, 1)])
+    every = [rho(o) for o in itertools.permutations(range(5))]
+    assert np.allclose(gain_order(points, groups), (every[0], np.mean(np.abs(every) >= abs(every[0]) - 1e-9)))
+
 # the whole table
 
 def test_whole_table(tmp_path):
     for s in range(3): save(fake(s), tmp_path, s)
+    alone = shipped(tmp_path)
     assert seeds_of(CFG) == [0, 1, 2]
     r = judge_claims(CFG, [0, 1, 2])
     json.dumps(json.loads(write_json(tmp_path/'r.json', r).read_text())) # no NaN, nothing but JSON
     assert verdicts_of(r) == verdicts_of(judge_claims(CFG, [0, 1, 2]))
     left = {c['id'] for c in r['claims'] if c['verdict'] in ('not run', 'not testable here')}
-    assert left == {c['id'] for c in LIST['claims'] if c['test']['kind'] == 'none'}
-    assert sum(tally(r).values()) == len(LIST['claims']) and len(r['files']) == 3*len(fake()) and list(r['stages']) == ['tiny/ppo-1a2b3c4d']
+    assert left == {c['id'] for c in LIST['claims'] if c['test']['kind'] == 'none'} | {'id-spread'} # all directions raise ID here
+    assert sum(tally(r).values()) == len(LIST['claims']) and len(r['files']) == 3*len(fake()) + alone and list(r['stages']) == ['tiny/ppo-1a2b3c4d']
     falls = next(c for c in r['claims'] if c['id'] == 'ood-falls')
     rates = [[int(e['here'].split(' %')[0].replace('.', '')) for e in falls['each']], falls['over']]
     assert falls['verdict'] == 'holds' and falls['seeds'] == [0, 1, 2] and rates[1]['n'] == 3 and rates[1]['lo'] < rates[1]['mean'] < rates[1]['hi'] < 0
@@ -200,6 +281,36 @@ def test_whole_table(tmp_path):
     rows = [l for l in text.splitlines() if not l.startswith('| **')]
     assert len(rows) == 2 + len(LIST['claims']) and {len(l.replace('\\|', '').split(' | ')) for l in text.splitlines()} == {4}
     assert '3 seeds: holds 3' in text and '; the control passes' in text
+
+@pytest.mark.parametrize('how, want', [({}, {}), (dict(back=-.3), {'rl-reverses': 'fails', 'rl-nearer-weights': 'fails'}), (dict(kl=.5), {'rl-nearer-function': 'fails'}), (dict(kl=-.05), {'rl-nearer-function': 'within noise'}),
+    (dict(shuffled=-.6), {'rl-nearer-function': 'holds by chance too'}), (dict(inside=.1), {'locked-to-sft': 'fails'}), (dict(avoids=.4), {'path-not-taken': 'fails'})])
+def test_checkpoints_that_ship_can_say_either(tmp_path, how, want):
+    shipped(tmp_path, **how)
+    c = {c['id']: c for c in judge_claims(CFG, [0, 1, 2])['claims']}
+    told = {i: c[i]['verdict'] for i in ('rl-reverses', 'rl-nearer-weights', 'rl-nearer-function', 'path-not-taken', 'sft-takes-it', 'locked-to-sft', 'suppressed-values', 'intruders-scaled', 'denoised', 'kl-old')}
+    assert told == dict.fromkeys(told, 'holds') | {'denoised': 'fails', 'kl-old': 'within noise'} | want
+    assert c['rl-reverses']['seeds'] == [] and len(c['rl-reverses']['each']) == 1, 'one pipeline, whatever the seeds'
+    assert c['kl-old']['here'].startswith('3 of 3 pairs agree') and c['suppressed-values']['here'].endswith('with +6 on 11, 12, 13')
+    if how.get('kl') == -.05: assert c['rl-nearer-function']['seen'] == told_share(.05*(1 + .8416/1.96))
+    assert c['rl-reverses']['each'][0]['commands'] == ['papermill nbs/09_forget.ipynb -p model tiny']
+
+def told_share(x): return judging.told(x, 'share')
+
+def test_a_model_that_ships_nothing_is_told_what_to_type(tmp_path):
+    c = {c['id']: c for c in judge_claims(load_params('qwen7b'), [0])['claims']}
+    assert c['rl-reverses']['verdict'] == 'not testable here' and c['rl-reverses']['why'] == 'qwen7b ships no checkpoints; rlsft compare BASE SFT RL and rlsft forget BASE SFT RL say it of any'
+
+def test_an_own_record_of_no_seed_goes_before_the_published_one(tmp_path):
+    shipped(tmp_path)
+    write_json(records_dir(CFG)/'freed.json', dict(end=dict(tokens=[])))
+    c = {c['id']: c for c in judge_claims(CFG, [0])['claims']}
+    assert c['suppressed-values']['why'] == 'every token of OOD answers is said in ID answers' and c['rl-reverses']['verdict'] == 'holds'
+    assert {c['id']: c for c in judge_claims(CFG, [0], tmp_path/'figures'/'tiny')['claims']}['suppressed-values']['verdict'] == 'holds'
+
+def test_every_claim_stands_under_its_paper():
+    r = judge_claims(CFG, [0])
+    heads = dict.fromkeys(heading(c, r) for c in r['claims'])
+    assert list(heads)[0] == 'The paper (arXiv 2508.16546): Abstract' and 'The Path Not Taken (2511.08567)' in heads and sum(l.startswith('| **') for l in to_markdown(r).splitlines()) == len(heads)
 
 def test_missing_seed_is_left_out_by_name(tmp_path):
     save(fake(0), tmp_path); save({k: v for k, v in fake(1).items() if k in ('fig2', 'fig1-sft')}, tmp_path, 1)

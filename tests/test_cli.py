@@ -2,7 +2,8 @@
 import base64, hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from contextlib import redirect_stdout
 import pexpect, pytest
-from rlsft_nb.core import ROOT, read_json
+from rlsft_nb.files import read_json
+from rlsft_nb.places import ROOT
 
 sha = lambda p: hashlib.sha256(p.read_bytes()).hexdigest()
 files = lambda repo: sorted(str(p.relative_to(repo)) for f in ('runs', 'figures') for p in (repo/f).rglob('*') if p.is_file())
@@ -124,7 +125,7 @@ def test_foreign_notebook(repo, tmp_path):
     assert pipe('papermill other.ipynb', tmp_path).stdout.lstrip().startswith('{')
 
 def test_light_on_papermill(env):
-    code = "import sys, papermill; assert 'rlsft_nb.paper' in sys.modules; assert not {'rlsft_nb.core', 'torch', 'scipy'} & set(sys.modules)"
+    code = "import sys, papermill; assert {m for m in sys.modules if m.startswith('rlsft_nb')} == {'rlsft_nb', 'rlsft_nb.paper', 'rlsft_nb.papermill_line'}; assert not {'torch', 'scipy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], stdin=subprocess.DEVNULL).returncode == 0
     code = "import rlsft_nb.paper, papermill.engines as e; assert e.papermill_engines.get_engine('rlsft').nb_kernel_name"
     assert subprocess.run([sys.executable, '-c', code], stdin=subprocess.DEVNULL).returncode == 0
@@ -162,7 +163,7 @@ def test_what_follows_runs_again(repo):
 def test_runner_failure(repo):
     (repo/'params'/'huge.yaml').write_text('needs: {gpus: 99, gib: 80}\n')
     r = pipe('python -m rlsft_nb.paper --model huge', repo)
-    assert r.returncode == 1 and '00_toy.ipynb stopped. StageMissing: stage huge/toy-' in r.stderr and 'Traceback' not in r.stderr
+    assert r.returncode == 1 and r.stderr.startswith('00_toy.ipynb stopped. StageMissing: stage huge/toy-') and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr
     assert not list((repo/'runs'/'huge').glob('*.json'))
     r = pipe('python -m rlsft_nb.paper --model qwen8b', repo)
     assert r.returncode == 2 and r.stderr == "ParamError: model='qwen8b' has no file in params/; did you mean 'qwen7b'?\n"
@@ -170,8 +171,8 @@ def test_runner_failure(repo):
 def test_runner_of_seeds(repo):
     run = lambda *a: pipe(' '.join(['python -m rlsft_nb.paper', *a]), repo)
     first = run('--seeds', '3')
-    told = sorted(l for l in first.stderr.splitlines() if l.startswith('seed '))
-    assert first.returncode == 0 and [l[:12] for l in told] == ['seed 0   don', 'seed 1   don', 'seed 2   don'], first.stderr
+    told = [l.rpartition('  ')[0].strip() for l in first.stderr.splitlines()] # one line each, in the order in which they ended
+    assert first.returncode == 0 and sorted(told[:3]) == [f'00_toy.ipynb, seed {s}' for s in range(3)] and told[3:] == ['00_toy.ipynb, 3 seeds'], first.stderr
     made = sorted(p.name for p in (repo/'runs'/'tiny').glob('*.ipynb'))
     assert made == ['00_toy-seed1.ipynb', '00_toy-seed2.ipynb', '00_toy-seeds3.ipynb', '00_toy.ipynb']
     records = [json.loads((repo/'runs'/'tiny'/'records'/f'{n}.json').read_text()) for n in ('toy', 'toy-seed1', 'toy-seed2')]
@@ -197,7 +198,7 @@ HAND = ['--cards', '3 3 8 8']
 
 @pytest.mark.parametrize('words, message', [
     (['compar', 'a', 'b'], "ParamError: rlsft has no command 'compar'; did you mean 'compare'?"),
-    (['xyz'], 'ParamError: rlsft has no command \'xyz\'; known: compare, forget, restore, sweep, game, report, agree, plan, bench'),
+    (['xyz'], 'ParamError: rlsft has no command \'xyz\'; known: compare, forget, restore, sweep, game, report, agree, clean, plan, bench'),
     (['--versoin'], "ParamError: rlsft has no command '--versoin'"),
     (['game'], 'rlsft game: the following arguments are required: COMMAND'),
     (['game', 'slove', '1'], "rlsft game: argument COMMAND: 'slove' is not known; did you mean 'solve'?"),
@@ -238,7 +239,7 @@ def test_help_and_wrong_usage_load_nothing_heavy(words):
 @pytest.mark.parametrize('name', ['compare', 'forget', 'restore', 'sweep', 'report', 'plan', 'bench'])
 def test_help_is_that_of_the_room_that_does_the_work(name, capsys):
     from rlsft_nb.commands import COMMANDS, parser
-    from rlsft_nb.core import named_function
+    from rlsft_nb.parallel import named_function
     with pytest.raises(SystemExit) as e: named_function(COMMANDS[name][1])(['--help'])
     options = lambda text: sorted(set(re.findall(r'^  +(--?[\w-]+|[A-Z]\b)', text, re.M)))
     assert e.value.code == 0 and options(capsys.readouterr().out) == options(parser(name).format_help())
@@ -285,6 +286,7 @@ def test_game_prompt_and_no_solution(capsys):
     assert main(['game', 'verify', '1/3+1/3', '--cards', 'A 3 A 3', '--json']) == 1 and json.loads(capsys.readouterr().out)['value'] == '2/3'
 
 def test_json_is_all_of_stdout(tmp_path, capsys):
+    from rlsft_nb.claims import load_claims
     from rlsft_nb.cli import main
     assert main(['plan', 'tiny', '--json']) == 0
     told = json.loads(capsys.readouterr().out)
@@ -293,7 +295,7 @@ def test_json_is_all_of_stdout(tmp_path, capsys):
     assert main(['plan', 'tiny', '--slurm', '--json']) == 0 and json.loads(capsys.readouterr().out)['script'].startswith('#!/bin/bash')
     assert main(['report', '--out', str(tmp_path/'r.html'), '--json']) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told['page'] == str(tmp_path/'r.html') and sum(told['tally'].values()) == 58
+    assert told['page'] == str(tmp_path/'r.html') and sum(told['tally'].values()) == len(load_claims()['claims'])
 
 def test_bench_prints_or_writes_json(tmp_path, capsys, monkeypatch):
     from rlsft_nb import bench
@@ -307,7 +309,7 @@ def test_bench_prints_or_writes_json(tmp_path, capsys, monkeypatch):
 def test_errors_end_in_one_line(capsys):
     from rlsft_nb.commands import ended
     def stop(e): raise e
-    for e, code, line in ((KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space\nleft'), 1, 'OSError: [Errno 28] No space left'), (RuntimeError('out of memory'), 1, 'RuntimeError: out of memory'), (MemoryError(), 1, 'MemoryError: ')):
+    for e, code, line in ((KeyboardInterrupt(), 130, 'interrupted'), (OSError(28, 'No space\nleft'), 1, 'OSError: [Errno 28] No space left'), (RuntimeError('out of memory'), 1, 'RuntimeError: out of memory'), (MemoryError(), 1, 'MemoryError: no memory is left')):
         assert ended(lambda: stop(e)) == code
         assert capsys.readouterr() == ('', f'{line.strip()}\n')
     with redirect_stdout(None): assert ended(lambda: 0) == 0

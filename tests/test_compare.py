@@ -1,13 +1,13 @@
 "Alternatives to PPO: what they learn from, how much of it, and what is said of them."
 import math, random, time
 import pytest, torch
-from rlsft_nb.core import load_params
+from rlsft_nb.parameters import load_params
 from rlsft_nb.game import answer, hands, prompt, solve, values, verify
 from rlsft_nb.generation import encode, stop_ids
 from rlsft_nb.models import load_lm
 from rlsft_nb import compare
 from rlsft_nb.compare import *
-from rlsft_nb.ppo import rl_stage
+from rlsft_nb.pipeline import rl_stage
 from rlsft_nb.ppo_run import accelerator, rl_hands, setup
 from rlsft_nb.rollouts import Trace, tail_ids
 
@@ -33,13 +33,20 @@ def test_an_expert_trace_is_the_templates(pico):
         assert encode(tok, [prompt(h) + [said, dict(role='user', content='x')]])[0][:len(t.ids)] == t.ids
         assert t.solved and t.ids[t.spans[0][0]:] == t.ids[len(encode(tok, [prompt(h)])[0]):]
 
+def test_experts_answer_under_the_rule_of_the_hand(pico):
+    cfg = small(pico, episodes=6, batch=6, others=1., other_rule='11-12-13')
+    acc = accelerator(cfg)
+    model, opt, tok, _ = setup(acc, cfg, str(pico['qwen2']), 0)
+    expert = imitated('expert', acc, model, tok, cfg, 3, 1)
+    assert all(t.rule == '11-12-13' and t.solved and verify(t.verdicts[0].formula and answer(t.cards, t.rule, t.verdicts[0].formula), t.cards, '11-12-13').correct for t in expert)
+
 def test_sources_of_right_answers(pico):
     cfg = small(pico, episodes=6, batch=6)
     acc = accelerator(cfg)
     model, opt, tok, _ = setup(acc, cfg, str(pico['qwen2']), 0)
     expert, rows = (imitated(arm, acc, model, tok, cfg, 3, 1) for arm in ('expert', 'sft'))
     assert [t.cards for t in expert] == rl_hands(cfg, 3, 1) and all(t.solved for t in expert + rows)
-    learned = {(tuple(c), f) for c, f in compare.sft_rows(cfg, 3)}
+    learned = {(tuple(h['cards']), f) for h, f in compare.sft_rows(cfg, 3)}
     assert len(learned) <= 8 and all((tuple(t.cards), t.verdicts[0].formula) in learned for t in rows)
     assert [t.ids for t in imitated('expert', acc, model, tok, cfg, 3, 2)] != [t.ids for t in expert]
 

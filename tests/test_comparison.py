@@ -12,7 +12,7 @@ from rlsft_nb.chance import *
 from rlsft_nb.comparison import *
 from rlsft_nb.comparison_page import *
 from rlsft_nb.commands import parser
-from rlsft_nb.core import DiskError, Problem
+from rlsft_nb.problems import DiskError, Problem
 from rlsft_nb.matrices import *
 from rlsft_nb.weights import Checkpoint, CheckpointError
 from test_checkpoints import build, fp8, lora
@@ -466,6 +466,61 @@ def test_chain_with_known_answers(second, verdict, cosine, inside, tmp_path):
     assert o['cosine'] == pytest.approx(float(D1 @ D2/D1.norm()/D2.norm()), abs=1e-12) and o['taken_back'] == pytest.approx(-float(D1 @ D2/D1.norm()**2), abs=1e-12)
     json.dumps(found, allow_nan=False)
     assert ('takes back 50 %' in chain_sentence(found)) == (verdict == 'back') and chain_summary(found)[0]['verdict_2'] in ('back', 'on', 'sideways')
+
+def leading_of(tmp_path, base=0):
+    "Leading quarter of every matrix of a saved checkpoint, by another library."
+    from rlsft_nb.chance import lead
+    out = {}
+    for k, W in load_file(tmp_path/'base.safetensors').items():
+        U, s, Vt = np.linalg.svd(W.double().numpy())
+        j = lead(torch.tensor(s))
+        out[k] = torch.tensor(U[:, :j]), torch.tensor(Vt[:j].T)
+    return out
+
+def part(which): # of noise: inside the leading quarter of the base on both sides, or outside on both
+    def second(F, g):
+        out = {}
+        for k, x in F.items():
+            W = BASE[k].double()
+            U, s, Vt = torch.linalg.svd(W)
+            j, N = 6, torch.randn(x.shape, generator=g).double()
+            P, Q = U[:, :j] @ U[:, :j].mT, Vt[:j].mT @ Vt[:j]
+            if which == 'avoids them': N = N - P @ N - N @ Q + P @ N @ Q
+            elif which == 'seeks them': N = P @ N @ Q + .2*N
+            out[k] = (.02*N).float()
+        return out
+    return second
+
+g3 = gen(3)
+BASE = {f'model.layers.{i}.self_attn.{t}_proj.weight': torch.randn(24, 24, generator=g3) for i in range(6) for t in 'qk'} # as in `points`
+
+@pytest.mark.parametrize('way', ['avoids them', 'seeks them', 'no more and no less than chance'])
+def test_leading_directions_of_the_base(way, tmp_path):
+    found = compare_chain(points(tmp_path, part(way)), tmp_path/'out')
+    a, said = found['overall'][0]['answers'], chain_answers(found)
+    assert said[2].endswith(f': {way}.'), said
+    sft, rl, base = (load_file(tmp_path/f'{n}.safetensors') for n in ('sft', 'rl', 'base'))
+    inside = lambda x, y: sum(float((U.mT @ (x[k] - y[k]).double() @ V).norm()**2) for k, (U, V) in leading_of(tmp_path).items())/sum(float((x[k] - y[k]).double().norm()**2) for k in x)
+    assert a['avoids']['share'] == pytest.approx(inside(rl, sft), rel=1e-4) and a['takes']['share'] == pytest.approx(inside(sft, base), rel=1e-4)
+    assert a['avoids']['value'] == pytest.approx(a['avoids']['share']/a['avoids']['by_chance'] - 1)
+
+@pytest.mark.parametrize('back, way', [(.5, 'nearer'), (-.5, 'farther')])
+def test_nearer_in_weights(back, way, tmp_path):
+    found = compare_chain(points(tmp_path, lambda F, g: {k: -back*x for k, x in F.items()}), tmp_path/'out')
+    a = found['overall'][0]['answers']['nearer']
+    assert a['value'] == pytest.approx(back, abs=1e-4) and a['by_chance'] == pytest.approx(1 - 1.25**.5, abs=1e-4) and chain_answers(found)[1].endswith(f': {way}.')
+    assert chain_answers(found)[3].endswith(': stays there.') # the same directions
+
+def test_a_null_result_says_what_it_would_have_seen(tmp_path):
+    found = compare_chain(points(tmp_path, lambda F, g: {k: .001*torch.randn(x.shape, generator=g) for k, x in F.items()}), tmp_path/'out')
+    said = chain_answers(found)
+    assert re.search(r'within noise, [\d.e-]+ would have been seen\.$', said[1]) or 'farther' in said[1]
+    assert said[3].endswith(': no more than other updates do.')
+
+def test_stray_holds_its_rate():
+    g = np.random.default_rng(0)
+    hits = sum(chain.stray(x[0], list(x[1:])) < .05 for x in g.normal(size=(2000, 6)))
+    assert binom.ppf(.001, 2000, .05) <= hits <= binom.ppf(.999, 2000, .05)
 
 def test_chain_chance_holds_its_rate():
     "Updates without structure: 5 % leave the interval of shuffles, less with mismatched ones on top."

@@ -1,8 +1,10 @@
 "The whole pipeline on a random pico model, twice: the second time everything is found."
 import json, os, subprocess, sys, time
 import pytest
-from rlsft_nb.core import ROOT, load_params, read_json
-from rlsft_nb.paper import numbered
+from rlsft_nb.files import read_json
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import ROOT
+from rlsft_nb.runner import numbered
 
 SMALL = dict(sft=dict(steps=6, checkpoints=[2, 4, 6], hands=32, batch=8, warmup=2, loss_hands=6, log_every=1), eval=dict(hands=16, val_hands=8, max_new_tokens=4),
              game=dict(attempts=2), ppo=dict(updates=1, episodes=8, batch=8, micro=4, epochs=1, between=1), spectra=dict(draws=3), theory=dict(draws=3, blocks=dict(steps=20, seeds=1)),

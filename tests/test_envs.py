@@ -3,7 +3,7 @@ import hashlib, json, os, re, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import pytest
-from rlsft_nb.core import ROOT
+from rlsft_nb.places import ROOT
 from rlsft_nb.envs import CONFIGS, SPLITS, PointsEnv, export, export_main, multi_turn, register_general_points, rows
 from rlsft_nb.game import answer, feedback_turn, hands, multisets, prompt, solve, values, verify
 

@@ -4,9 +4,11 @@ from pathlib import Path
 import numpy as np, pytest, scipy.linalg, scipy.special, torch
 from safetensors.torch import load_file, save_file
 from rlsft_nb import divergence, forget as room, forget_page
-from rlsft_nb.core import ParamError, Problem, shipped
+from rlsft_nb.places import shipped
+from rlsft_nb.problems import ParamError, Problem
 from rlsft_nb.divergence import *
 from rlsft_nb.forget import *
+from rlsft_nb.intervals import resampled
 from rlsft_nb.texts import *
 from rlsft_nb.tiny import Corpus, make_tokenizer
 from rlsft_nb.weights import Checkpoint, CheckpointError
@@ -129,6 +131,29 @@ def test_card_of_pico_models(kind, tmp_path):
     assert [same[n]['value'] for n in ('new_forward', 'old_forward', 'old_reverse', 'old_loss', 'new_changed', 'update', 'relative', 'inside', 'rotation', 'unchanged')] == [0]*7 + [None, None, 1]
     assert same['old_loss']['says'] == 'within noise'
     for show in (forget_page.card_text, forget_page.card_page): assert show(found)
+
+@pytest.mark.parametrize('kind, way', [('llama', 'nearer'), ('llama', 'farther'), ('mixtral', 'nearer')])
+def test_nearer_in_function_than_the_one_before(kind, way, tmp_path):
+    "SFT is noise on the base; RL takes half of it back, or doubles it. A shuffled update does neither."
+    lm = build(kind, vocab_size=len(TOK))
+    sft, rl = noisy(lm, .2), noisy(lm, .1 if way == 'nearer' else .4)
+    ps = [save(m, tmp_path/n) for n, m in (('base', lm), ('sft', sft), ('rl', rl))]
+    found = forget(ps[0], ps[1:], DOCS, DOCS, **SMALL, shuffles=2)
+    s, texts = found['steps'][0]['old'], [p for d in DOCS.docs for p in encoded(TOK, d, 64)]
+    a, b = (by_hand(lm, m, texts).sum(0) for m in (sft, rl))
+    assert len(found['steps']) == 1 and s['before'] == pytest.approx(a[1]/a[0], rel=2e-3) and s['value'] == pytest.approx(b[1]/b[0] - a[1]/a[0], rel=5e-3)
+    assert s['verdict'] == way and s['lo'] <= s['value'] <= s['hi'] and s['n'] == 6
+    assert len(s['shuffled']) == (0 if kind == 'mixtral' else 2) # experts are packed
+    if s['shuffled'] and way == 'nearer': assert min(s['shuffled']) > s['value']
+    lines = forget_page.first_lines(found)
+    assert lines[-1].startswith('From sft to rl the KL to the base on old text changes by') and lines[-1].endswith(f': {way}.') and ('no shuffled update' in lines[-1]) == (kind == 'mixtral')
+    assert forget_page.card_page(found).count('From sft to rl the KL') == 2
+    with pytest.raises(ParamError, match='shuffles=-1: expected none or more'): forget(ps[0], ps[1:], DOCS, DOCS, **SMALL, shuffles=-1)
+
+def test_what_a_shuffled_update_does_as_well_is_said():
+    card = lambda kl: dict(numbers=dict(old_forward=dict(value=kl)), sums=dict(old=[[1, kl + .001*i, 0, 0, 0, 0] for i in range(6)]))
+    assert [step(card(2), card(1), [card(x)])['old']['verdict'] for x in (3, .5)] == ['nearer', 'nearer, as by chance']
+    assert step(card(2), card(2), [])['old']['verdict'] == 'within noise'
 
 def test_weights_by_numpy(tmp_path):
     lm, new, base, tuned = pair(tmp_path)
@@ -274,10 +299,10 @@ def test_defaults():
     assert game.sha256 == game_texts().sha256 != book.sha256
 
 def test_old_text_follows_the_params_file(tmp_path, monkeypatch):
-    from rlsft_nb import core
+    from rlsft_nb import parameters
     (tmp_path/'mine.yaml').write_text('model: {source: embedded, path: tiny}\n'); (tmp_path/'its.yaml').write_text('model: {source: folder, path: x}\n')
-    files = core._model_files() | {n: tmp_path/f'{n}.yaml' for n in ('mine', 'its')}
-    monkeypatch.setattr(core, '_model_files', lambda: files)
+    files = parameters._model_files() | {n: tmp_path/f'{n}.yaml' for n in ('mine', 'its')}
+    monkeypatch.setattr(parameters, '_model_files', lambda: files)
     assert 'turns' in old_texts('mine').docs[0] and old_texts('its') == book_texts()
 
 # runs

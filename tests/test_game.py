@@ -9,7 +9,7 @@ import gymnasium, numpy as np, pytest
 from gymnasium.utils.env_checker import check_env
 from hypothesis import example, given, settings, strategies as st
 
-from rlsft_nb import game
+from rlsft_nb import game, hand_files, verifier
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from rlsft_nb.bench import BENCHES, brute_force, main as bench_main, second_opinion as exact, tried, verify_before
@@ -290,7 +290,7 @@ junk = st.one_of(st.text(), st.text('{}[]",:=formulanumber0123456789+-*/() \\\n'
 def test_verify_never_raises(text, cards, feedback):
     v = verify(text, cards, '11-12-13', feedback=feedback)
     assert v.outcome in OUTCOMES and v.reward in (5, -1, -2, -3, -4) and bool(v.feedback) == (not v.correct)
-    assert v == game._judge(text, tuple(cards), '11-12-13', 24, feedback)
+    assert v == verifier._judge(text, tuple(cards), '11-12-13', 24, feedback)
 
 @pytest.mark.parametrize('bad', [None, 3, b'24', ['24'], {}])
 def test_not_a_string(bad):
@@ -491,12 +491,12 @@ def test_play_edges():
 # --- hands and rows -------------------------------------------------------------------------------------------
 
 def test_hand_file_is_what_the_code_makes():
-    data = game.files('rlsft_nb').joinpath('data', 'hands.json').read_bytes()
+    data = hand_files.files('rlsft_nb').joinpath('data', 'hands.json').read_bytes()
     assert hands_bytes(build_hands()) == data and hashlib.sha256(data).hexdigest() == game.HANDS_SHA
 
 def test_hand_file_damaged(monkeypatch):
-    for kept in (game._hand_file, game._hands): kept.cache_clear()
-    monkeypatch.setattr(game, 'HANDS_SHA', '0'*64)
+    for kept in (hand_files._hand_file, hand_files._hands): kept.cache_clear()
+    monkeypatch.setattr(hand_files, 'HANDS_SHA', '0'*64)
     with pytest.raises(ValueError, match='hands.json: sha256 is'): hands('test')
     monkeypatch.undo()
     assert hands('test')

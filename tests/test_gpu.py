@@ -2,8 +2,8 @@
 import pytest, torch
 from accelerate.state import AcceleratorState, PartialState
 from pretend import GPU, HERE, moved
-from rlsft_nb import core, ppo, ppo_run, rollouts
-from rlsft_nb.core import load_params
+from rlsft_nb import machine, parallel, ppo, ppo_run, rollouts
+from rlsft_nb.parameters import load_params
 from rlsft_nb.game import hands, prompt
 from rlsft_nb.generation import encode, generate_ids
 from rlsft_nb.models import load_lm
@@ -54,9 +54,9 @@ def test_an_update_of_ppo(over, monkeypatch):
     assert there == pytest.approx(here, rel=1e-3, abs=1e-6) and 'backward' in g.ran and here['grad_norm'] > 0
 
 def test_workers_see_one_gpu_each(monkeypatch):
-    monkeypatch.setattr(core, 'own_device', lambda: 'cuda:1')
+    monkeypatch.setattr(parallel, 'own_device', lambda: 'cuda:1')
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
-    core._worker(1)
-    assert core._visible() == ['4', '7'] # one worker may launch processes on all
-    core._worker(2)
-    assert core._visible() == ['7']
+    parallel._worker(1)
+    assert machine.visible_gpus() == ['4', '7'] # one worker may launch processes on all
+    parallel._worker(2)
+    assert machine.visible_gpus() == ['7']

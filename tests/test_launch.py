@@ -4,13 +4,17 @@ from importlib.util import find_spec
 import psutil, pytest, torch, yaml
 from accelerate import Accelerator
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from rlsft_nb.core import ParamError, ROOT, Stage, StageMissing, load_params, read_json
+from rlsft_nb.files import read_json
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import ROOT
+from rlsft_nb.problems import ParamError, StageMissing
+from rlsft_nb.stages import Stage
 from rlsft_nb.models import cells, load_lm, score, woven
 from rlsft_nb.launch import *
 from rlsft_nb.launch import _stop, _why
 from rlsft_nb.plan import config_file
 from rlsft_nb.plan import idle, overrides_of
-from rlsft_nb.sft import sft_stage
+from rlsft_nb.pipeline import sft_stage
 
 KINDS = ('qwen2', 'llama', 'mllama') # untied, tied, with a vision tower
 SMALL = dict(sft=dict(steps=6, checkpoints=[3, 6], hands=64, batch=8, warmup=2, save_every=3, log_every=1, loss_hands=4), eval=dict(hands=8, val_hands=4, max_new_tokens=4), workers=1)
@@ -28,7 +32,9 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import TrainerCallback
 from rlsft_nb import sft
+from rlsft_nb.launch import options, resolved
 from rlsft_nb.models import leave
+from rlsft_nb.pipeline import sft_stage
 torch.set_num_threads(1)
 plain, last = sft.trainer, int(sys.argv[1])
 class Stop(TrainerCallback):
@@ -44,7 +50,7 @@ def sharded(*args): # accelerate itself never shards on CPU
     return t
 sft.trainer = sharded
 for overrides in sys.argv[2:]:
-    try: sft.sft_stage(sft.resolved(sft.options("sft", "").parse_args(["--overrides", overrides])))
+    try: sft_stage(resolved(options("sft", "").parse_args(["--overrides", overrides])))
     except KeyboardInterrupt: pass
 leave()
 '''
@@ -139,7 +145,7 @@ def test_a_stage_launches_its_processes(pico, tmp_path, env, monkeypatch, capfd)
 
 def test_a_score_split_over_processes_is_the_same(pico, env):
     over = dict(eval=dict(hands=21, max_new_tokens=6, batch=4), game=dict(attempts=2))
-    code = 'import sys, json\nfrom rlsft_nb.core import load_params\nfrom rlsft_nb.models import *\ncfg = load_params("tiny", json.loads(sys.argv[2]))\ngot = score(sys.argv[1], cfg, "test", list(cells(cfg)), 2)\nif not rank(): print("got" + json.dumps(got))\nleave()'
+    code = 'import sys, json\nfrom rlsft_nb.parameters import load_params\nfrom rlsft_nb.models import *\ncfg = load_params("tiny", json.loads(sys.argv[2]))\ngot = score(sys.argv[1], cfg, "test", list(cells(cfg)), 2)\nif not rank(): print("got" + json.dumps(got))\nleave()'
     words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', '2', '--no-python', sys.executable, '-c', code, str(pico['qwen2']), json.dumps(over)]
     two = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     got = json.loads(two.stdout.split('got')[1]) if 'got' in two.stdout else pytest.fail(two.stderr[-2000:])

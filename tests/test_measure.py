@@ -1,6 +1,7 @@
 "Stages at the shape of a model, beside the plan."
 import pytest
-from rlsft_nb.core import load_params, read_json
+from rlsft_nb.files import read_json
+from rlsft_nb.parameters import load_params
 from rlsft_nb.measure import RUNS, alone, deepest, first_layers, foretold, long_hand, main, operations, random_checkpoint, standing_in
 from rlsft_nb.models import load_lm
 from rlsft_nb.plan import STAGES, lengths, memory, needed, sizes

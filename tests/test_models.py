@@ -2,7 +2,9 @@
 import json, shutil
 import pytest, torch
 from safetensors.torch import load_file, save_file
-from rlsft_nb.core import DiskError, load_params, mcnemar, wilson
+from rlsft_nb.intervals import mcnemar, wilson
+from rlsft_nb.parameters import load_params
+from rlsft_nb.problems import DiskError
 from rlsft_nb.game import GeneralPoints, answer, hands, play, prompt, solve, values
 from rlsft_nb.generation import *
 from rlsft_nb.models import *

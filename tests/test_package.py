@@ -4,11 +4,11 @@ from configparser import ConfigParser
 from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
-from rlsft_nb.core import INSTALLED, PACKAGE, ROOT, shipped
+from rlsft_nb.places import INSTALLED, PACKAGE, ROOT, shipped
 
 PARTS = ('rlsft_nb', 'params', 'settings.ini', 'setup.py', 'MANIFEST.in', 'points24.py', 'README.md', 'LICENSE', 'constraints.txt')
-LIGHT = ('core', 'commands', 'cli', 'solver', 'answers', 'deals', 'tricks', 'game', 'models', 'weights', 'tiny', 'matrices', 'chance', 'comparison', 'comparison_page', 'chain',
-         'edits', 'surgery', 'spectra', 'texts', 'divergence', 'forget', 'forget_page') # rooms of the game and the workbench
+LIGHT = ('parameters', 'stages', 'intervals', 'verdicts', 'parallel', 'commands', 'cli', 'solver', 'answers', 'deals', 'tricks', 'game', 'models', 'weights', 'tiny', 'matrices', 'chance', 'comparison', 'comparison_page', 'chain',
+         'edits', 'surgery', 'spectra', 'workbench', 'restoration', 'restore', 'graph', 'papermill_line', 'texts', 'divergence', 'forget', 'forget_page') # rooms of the game and the workbench
 
 def call(words, cwd, **env):
     "A command without this repository on its path, and without folders set for it."
@@ -71,7 +71,9 @@ def test_game_params_and_model(outside, target, tmp_path):
     before = files(target)
     told = json.loads(outside('''
         import json, rlsft_nb
-        from rlsft_nb.core import figures_dir, load_params, models, params_dir, provenance, runs_root, shipped
+        from rlsft_nb.origins import provenance
+        from rlsft_nb.parameters import load_params, models
+        from rlsft_nb.places import figures_dir, params_dir, runs_root, shipped
         from rlsft_nb.game import prompt, solve, verify
         from rlsft_nb.generation import generate
         from rlsft_nb.models import load_lm
@@ -91,7 +93,8 @@ def test_a_model_of_ones_own_and_a_stage(outside, tmp_path):
     (tmp_path/'empty'/'params'/'mine.yaml').write_text('sft: {steps: 7}\n')
     subprocess.run(['git', 'init', '-q', str(tmp_path/'empty')], check=True) # somebody's repository is not ours
     out = outside('''
-        from rlsft_nb.core import Stage, load_params, models, run_stage
+        from rlsft_nb.parameters import load_params, models
+        from rlsft_nb.stages import Stage, run_stage
         cfg = load_params('mine')
         st = run_stage(Stage('a', 'mine', {}), lambda folder: dict(n=1), cfg)
         print('mine' in models(), cfg.sft.steps, cfg.name, st.results()['n'], st.path)''').split()
@@ -178,10 +181,10 @@ def test_commands_of_the_small_installation(words, code, tmp_path):
     assert r.returncode == code and 'No module' not in r.stderr, r.stderr
 
 def test_help_and_game_do_not_load_torch():
-    for room in ('core', 'commands', 'cli', 'game'):
+    for room in ('parameters', 'stages', 'intervals', 'verdicts', 'parallel', 'commands', 'cli', 'game'):
         r = call([sys.executable, '-c', f"import sys, rlsft_nb.{room}; print(*{{'torch', 'transformers', 'scipy', 'matplotlib', 'pandas'}} & {{*sys.modules}})"], ROOT, PYTHONPATH=str(ROOT))
         assert (r.returncode, r.stdout) == (0, '\n'), (room, r.stdout + r.stderr)
 
 def test_extras():
-    assert {*asked('train_requirements'), *asked('notebooks_requirements')} <= {*asked('dev_requirements')}
+    assert {*asked('train_requirements'), *asked('notebooks_requirements'), *asked('paper_requirements')} <= {*asked('dev_requirements')}
     assert not {*asked('requirements')} & {*asked('train_requirements'), *asked('notebooks_requirements')}

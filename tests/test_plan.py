@@ -3,7 +3,8 @@ import json, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from rlsft_nb.core import ROOT, load_params
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import ROOT
 from rlsft_nb.generation import ModelError
 from rlsft_nb.models import load_lm
 from rlsft_nb.plan import *
@@ -99,13 +100,31 @@ def test_where_nothing_helps_it_says_how_many_gpus():
     assert advice(load_params('qwen7b'), 'spectra', 4, 40).startswith('GPUs of ')
 
 def test_a_stage_that_cannot_fit_is_refused_before_it_starts(pico, monkeypatch):
-    from rlsft_nb.sft import sft_stage
+    from rlsft_nb.pipeline import sft_stage
     with pytest.raises(TooLarge, match=r'sft of qwen7b takes about \d+ GiB on each of 4 GPUs of 40 GiB \(activations 21.8, optimizer 14.2.*It would fit with: '): check_fits(load_params('qwen7b'), 'sft', 4, [('A100', 40.)]*4)
     check_fits(load_params('qwen7b'), 'sft', 4, [('H100', 79.6)]*4)
     class Memory: available = 2**30
     monkeypatch.setattr('psutil.virtual_memory', lambda: Memory)
     monkeypatch.setattr('rlsft_nb.sft.train_sft', lambda *_: 1/0)
     with pytest.raises(TooLarge, match='without a GPU; 1.0 GiB are free'): sft_stage(load_params('tiny', dict(model=dict(source='folder', path=str(pico['qwen2'])))))
+
+@pytest.mark.parametrize('step, row', [('base', 'score'), ('sft', 'sft'), ('sft-curve', 'score'), ('sft-named', 'score'), ('ppo', 'ppo'), ('ppo-score', 'score'), ('spectra', 'spectra'), ('restore', 'restore'), ('restore-imposed', 'restore'), ('theory', 'spectra')])
+def test_every_planned_stage_says_its_need_and_makes_nothing(step, row, pico, monkeypatch):
+    from rlsft_nb import graph, pipeline
+    from rlsft_nb.places import runs_root
+    from rlsft_nb.stages import Stage
+    cfg = load_params('tiny', dict(model=dict(source='folder', path=str(pico['qwen2']))))
+    class Done(Stage):
+        @property
+        def done(self): return self.name != step
+        def results(self): return dict(steps=[*cfg.sft.checkpoints], peak=cfg.sft.checkpoints[0], end=cfg.sft.checkpoints[-1])
+    class Memory: available = 2**30
+    monkeypatch.setattr(graph, 'Stage', Done); monkeypatch.setattr('psutil.virtual_memory', lambda: Memory)
+    make = getattr(pipeline, graph.STEPS[step].makes.split('.')[1])
+    more = dict(ppo=(cfg.sft.checkpoints[-1],), **{'ppo-score': (cfg.sft.checkpoints[-1],)}, spectra=('SFT', 'a', 'b')).get(step, ())
+    if step == 'spectra': make, name = (lambda cfg, *a: pipeline.pair_stage(cfg, *a)), monkeypatch.setattr(Done, 'done', property(lambda s: not s.name.startswith('spectra')))
+    with pytest.raises(TooLarge, match=rf'^{row} of tiny takes about \d+\.\d GiB of memory without a GPU; 1.0 GiB are free$'): make(cfg, *more)
+    assert not [p for p in runs_root().rglob('*') if p.is_file()]
 
 def test_runs_of_rl_side_by_side_share_a_gpu():
     cfg = load_params('smollm2') # five starts, eight workers
@@ -216,3 +235,22 @@ def test_hours_of_restoration():
     assert restore_hours(cfg, s, 4) > cells*score_hours(cfg, s, 2*cfg.eval.hands) and restore_hours(cfg, s, 4) < 12
     opened = 6*open_seconds(cfg, s)/3600 # by every worker
     assert restore_hours(many, s, 4) - opened == pytest.approx((restore_hours(cfg, s, 4) - opened)/4)
+
+def test_plan_says_the_dose(capsys):
+    assert main(['llama11b', '--gpus', '4']) == 0
+    said = capsys.readouterr().out
+    assert 'Dose. SFT: 1,100 optimizer steps, 70,400 hands, rates sum to 0.00091. RL from one start: 400 optimizer steps, 25,600 hands, rates sum to 0.0002, which is 0.22 of SFT\'s' in said
+
+def test_the_dose_is_what_the_schedules_give():
+    import torch
+    from transformers import get_constant_schedule_with_warmup
+    from rlsft_nb.dose import ledger
+    from rlsft_nb.ppo_run import set_rates
+    cfg = load_params('tiny')
+    opt = torch.optim.SGD([torch.zeros(1, requires_grad=True)], cfg.sft.lr)
+    rates, spent = get_constant_schedule_with_warmup(opt, cfg.sft.warmup), []
+    for _ in range(cfg.sft.steps): spent.append(opt.param_groups[0]['lr']); opt.step(); rates.step()
+    opt.param_groups[0]['top'] = cfg.ppo.lr
+    rl = [set_rates(opt, cfg.ppo, u)*cfg.ppo.lr*cfg.ppo.epochs*2 for u in range(1, cfg.ppo.updates + 1)] # 128 hands in batches of 64
+    assert ledger(cfg)['SFT']['rates'] == pytest.approx(sum(spent)) and ledger(cfg)['RL']['rates'] == pytest.approx(sum(rl))
+    assert ledger(load_params('tiny', dict(sft=dict(accumulate=4))))['SFT']['hands'] == 800*32, 'passes share a step, they add no rows'

@@ -2,7 +2,10 @@
 import json, os, re, subprocess, sys
 from pathlib import Path
 import pytest, yaml
-from rlsft_nb.core import ROOT, load_params, read_json
+from rlsft_nb.graph import story
+from rlsft_nb.files import read_json
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import ROOT
 from rlsft_nb.models import load_lm
 from rlsft_nb.plan import idle
 
@@ -27,6 +30,40 @@ def test_restore_runs_as_for_tiny(pico, tmp_path, model, kind, env):
     still = set(idle(load_lm(str(pico[kind]))[0]))
     assert all(start[n].equal(end[n]) for n in still) and not any(start[n].equal(end[n]) for n in start if n not in still and n.endswith('proj.weight'))
 
+def test_another_game_and_adapters_go_through_all_stages(pico, tmp_path, monkeypatch):
+    "Three cards, each hand with its own target, learned by adapters of a tied Qwen2, as qwen05b is."
+    from rlsft_nb import ability, compare, pipeline
+    from rlsft_nb.game import game_of, hands, values
+    from rlsft_nb.models import clusters
+    from rlsft_nb.ppo_run import rl_hands
+    monkeypatch.setattr(ability, 'is_right', lambda q, s: True) # a random base answers nothing
+    monkeypatch.setattr(ability, 'quiz_of', lambda cfg: [dict(kind='', ask=f'{i}', right='x') for i in range(3)])
+    monkeypatch.setattr(ability, 'DOCUMENTS', 5)
+    from transformers import Qwen2ForCausalLM
+    lm, tok = load_lm(str(pico['qwen2']))
+    config = lm.config
+    config.tie_word_embeddings = True
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path/'tied'); tok.save_pretrained(tmp_path/'tied')
+    game = dict(cards=3, ranks=['A', *range(2, 8), 'J', 'Q', 'K'], targets=[1, 30], attempts=2)
+    cfg = load_params('qwen05b', SMALL | dict(model=dict(source='folder', path=str(tmp_path/'tied')), game=game, sft=SMALL['sft'] | dict(lora=2)))
+    named, end = pipeline.named_stage(cfg).results(), pipeline.curve_stage(cfg).results()['end']
+    assert 'authors' not in named['end'] and named['end']['within']['OOD']['n'] == 8 and named['end']['within']['OOD']['multisets'] == len({*clusters(cfg)['OOD']})
+    dealt = hands('test', '11-12-13', True, **game_of(cfg.game))
+    assert len(dealt) >= 300 and all(len(h['cards']) == 3 and 1 <= h['target'] <= 30 for h in dealt + rl_hands(cfg, 0, 1))
+    learned = {tuple(sorted(values(h['cards'], '10'))) for h, _ in compare.sft_rows(cfg, 0)}
+    assert not learned & {tuple(sorted(values(h['cards'], '11-12-13'))) for h in dealt} and not learned & {tuple(sorted(values(h['cards']))) for h in rl_hands(cfg, 0, 1)}
+    assert all(t.solved and 1 <= t.target <= 30 for t in compare.imitated('expert', compare.accelerator(cfg), lm, tok, cfg, 0, 1))
+    for stage in ('restore', 'imposed', 'ability'): assert getattr(pipeline, f'{stage}_stage')(cfg).done
+    assert pipeline.score_stage(cfg, end).results()['OOD']['attempts'] <= 2
+
+def test_a_gguf_file_of_ones_own_is_named_by_an_override(tmp_path):
+    from rlsft_nb.models import locate
+    (tmp_path/'own.gguf').write_bytes(b'x')
+    of = lambda path: load_params('qwen05b', dict(model=dict(source='gguf', path=path, revision='')))
+    assert locate('qwen05b', of(str(tmp_path/'own.gguf'))) == (str(tmp_path), None, 'own.gguf')
+    with pytest.raises(ValueError, match='none.gguf.*no such file'): locate('qwen05b', of('none.gguf'))
+    assert locate('qwen05b') == ('Qwen/Qwen2.5-0.5B-Instruct', '7ae557604adf67be50417f59c2c2f167def9a775', None)
+
 def test_parameters_of_the_large_models():
     for model in ('qwen7b', 'llama11b'):
         cfg = load_params(model)
@@ -41,6 +78,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch, pico):
     from rlsft_nb import models
     file, calls = tmp_path/'toy.gguf', []
     file.write_bytes(b'weights')
+    monkeypatch.setattr(models, 'check_gguf', lambda p: None) # which reads a real header
     monkeypatch.setattr(models, '_from_gguf', lambda p: calls.append(p) or load_lm(str(pico['llama'])))
     lm, tok = load_lm(str(file))
     again, _ = load_lm(str(file))
@@ -73,15 +111,15 @@ def test_the_graph_of_jobs(pico, tmp_path, env):
     pytest.importorskip('snakemake', reason="pip install -e '.[workflow]'")
     r = snake(tmp_path, SMALL | dict(model=dict(source='folder', path=str(pico['qwen2']))), '--config', 'seeds=[0,1]', '--cores', '2', '-n')
     assert r.returncode == 0, r.stderr[-2000:]
-    assert all(f'rule {n}:' in r.stderr + r.stdout for n in ('models', 'sft', 'curve', 'rl', 'spectra', 'restore', 'theory', 'claims', 'together')) and 'checkpoint starts:' in r.stderr + r.stdout
+    assert all(f'rule {n}:' in r.stderr + r.stdout for n in ('sft', 'together', *(f'notebook_{nb}' for nb in story()))) and 'checkpoint starts:' in r.stderr + r.stdout
 
 def test_jobs_ask_for_their_machine(tmp_path, env):
     pytest.importorskip('snakemake', reason="pip install -e '.[workflow]'")
     r = snake(tmp_path, {}, '--config', 'models=[qwen7b]', '--cores', '64', '-n')
     jobs = dict(re.findall(r'(?:rule|checkpoint) (\w+):(.+?)(?=\n\[|\nJob stats|\Z)', r.stderr + r.stdout, re.S))
-    for name in ('models', 'sft', 'curve', 'rl', 'spectra', 'restore', 'theory'): # a training step on four GPUs with one core among them crawls
+    for name in ('sft', *(f'notebook_{nb}' for nb in story()[:-1])): # a training step on four GPUs with one core among them crawls
         assert 'threads: 16' in jobs[name] and 'gpu=4' in jobs[name] and 'nodes=1' in jobs[name], jobs[name]
-    assert 'gpu=' not in jobs['claims'] and 'gpu=' not in jobs['starts'] and int(re.search(r'mem_mb=(\d+)', jobs['sft'])[1]) > 4*1024*28 # weights of 28 GiB in each process
+    assert 'gpu=' not in jobs['notebook_07_claims'] and 'gpu=' not in jobs['starts'] and int(re.search(r'mem_mb=(\d+)', jobs['sft'])[1]) > 4*1024*28 # weights of 28 GiB in each process
 
 @pytest.mark.skipif('FLOW' not in os.environ, reason='every job for real takes minutes: FLOW=1 pytest tests/test_real.py -k jobs_run')
 def test_the_jobs_run(pico, tmp_path, env):

@@ -2,7 +2,9 @@
 import json, os, subprocess, sys
 import pytest
 from rlsft_nb.claims import judge_claims, table
-from rlsft_nb.core import Stage, load_params, read_json, run_stage, sha256_file, write_json
+from rlsft_nb.files import read_json, sha256_file, write_json
+from rlsft_nb.parameters import load_params
+from rlsft_nb.stages import Stage, run_stage
 from rlsft_nb.records import Stranger, decides, find, home, made_here, publish, read_record, records_dir, run_key, save_figure, save_record, seeds_of, shown_path
 from rlsft_nb.report import content, origins
 

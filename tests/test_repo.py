@@ -4,8 +4,12 @@ from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 import pytest
-from rlsft_nb.core import ROOT, TYPES, load_params, models
-from rlsft_nb.paper import NBS, drift, notebook_params, numbered, to_markdown
+from rlsft_nb.parameters import TYPES, load_params, models
+from rlsft_nb.places import ROOT
+from rlsft_nb.papermill_line import NBS, notebook_params
+from rlsft_nb.readme import to_markdown
+from rlsft_nb.runner import numbered
+from rlsft_nb.upkeep import drift
 
 ALL = sorted(NBS.glob('*.ipynb'))
 cells = lambda p: json.loads(p.read_text())['cells']
@@ -58,10 +62,23 @@ def test_export_clean_and_readme_leave_no_diff(): assert drift() == []
 
 def test_readme(): assert (ROOT/'README.md').read_text() == to_markdown(json.loads((NBS/'index.ipynb').read_text()))
 
-def test_readme_links():
-    text = (ROOT/'README.md').read_text()
-    missing = [l for l in re.findall(r'\]\(([^)#]+)', text) if '://' not in l and not (ROOT/l).exists()]
-    assert missing == []
+INDEX = '\n\n'.join(map(source, cells(NBS/'index.ipynb')))
+SLUG = { # what a heading is called in a link
+    'README.md': lambda h: re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-'), # as GitHub does
+    'nbs/index.ipynb': lambda h: h.replace(' ', '-')} # as JupyterLab and nbconvert do
+
+@pytest.mark.parametrize('file,text', [('README.md', (ROOT/'README.md').read_text()), ('nbs/index.ipynb', INDEX)], ids=SLUG)
+def test_links_and_images_of_the_first_page(file, text):
+    links, prose = re.findall(r'\]\(([^)]+)\)', text), re.sub(r'```.*?```', '', text, flags=re.S)
+    heads = {SLUG[file](h) for h in re.findall(r'^#+ (.*)', prose, re.M)}
+    assert len(links) > 80 and sum(l.endswith('.png') for l in links) == 3
+    assert [l for l in links if '://' not in l and not l.startswith('#') and not ((ROOT/file).parent/l.partition('#')[0]).is_file()] == []
+    assert [l for l in links if l.startswith('#') and l[1:] not in heads] == [] and sum(l.startswith('#') for l in links) >= 9
+
+def test_first_screen():
+    prose = re.sub(r'```.*?```', lambda m: '\n'*m[0].count('\n'), INDEX, flags=re.S)
+    at = [INDEX.index(x) for x in ('make paper', 'rlsft compare', 'rlsft game', '**Price:**', '.png', '(#Two-commands)', '```console', '## What-comes-out'.replace('-', ' '))]
+    assert at == sorted(at) and len(prose[:prose.index('.png')].splitlines()) < 15
 
 def test_pyflakes():
     r = subprocess.run([sys.executable, '-m', 'pyflakes', 'rlsft_nb'], cwd=ROOT, capture_output=True, text=True)
@@ -82,6 +99,14 @@ def test_imports_point_downwards():
         if top: below.setdefault(room, set()).add(other)
     assert len(below) > 30
     tuple(TopologicalSorter(below).static_order()) # CycleError names the rooms of a circle
+
+def test_the_house_is_drawn_as_it_stands():
+    "Every room is on one floor of the index, and imports from its own floor or from one above it in the table."
+    rows = [l for l in source(next(c for c in cells(NBS/'index.ipynb') if source(c).startswith('## The house'))).splitlines() if l.startswith('|')]
+    floor = {m.lstrip('0123456789_'): i for i, l in reversed([*enumerate(rows)]) for m in re.findall(r'\]\((\w+)\.ipynb\)', l)} # of forget and 09_forget the module is the first
+    said = [m for l in rows for m in re.findall(r'\]\((\w+)\.ipynb\)', l)]
+    assert sorted(said) == sorted(p.stem for p in ALL if p.stem != 'index')
+    assert [(room, other) for room, other, _, top in room_imports() if top and other in floor and floor[other] > floor[room]] == []
 
 def test_no_room_takes_what_another_hides():
     assert [(room, other, name) for room, other, name, _ in room_imports() if name.startswith('_') and not name.startswith('__')] == []

@@ -1,10 +1,14 @@
 "The report: one page that holds everything, with and without a browser."
 import base64, html, json, os, re, shutil, subprocess, sys
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 import pytest
 from rlsft_nb.claims import load_claims
 from rlsft_nb.judging import VERDICTS
-from rlsft_nb.report import content, main, page, png_size, template
+from rlsft_nb import judging, report
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import ROOT
+from rlsft_nb.report import content, figure, main, page, png_size, svg_size, template, vector
 from test_claims import fake, save
 
 PNG = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==')
@@ -22,6 +26,7 @@ def told(tmp_path_factory):
     figures(folder)
     with pytest.MonkeyPatch.context() as m:
         m.setenv('RLSFT_FIGURES', str(folder/'figures'))
+        m.setattr('rlsft_nb.report.vector', lambda *_: b'') # what is drawn here has no whole record
         return content('tiny')
 
 @pytest.fixture(scope='module')
@@ -49,8 +54,8 @@ def test_page_holds_everything(text):
     p = Page(text)
     assert not p.wrong and not p.open, 'every tag is closed in its order'
     images = p.all('img')
-    assert len(images) == 4 and all(a['alt'] and a['src'].startswith('data:image/png;base64,') for a in images)
-    assert [png_size(base64.b64decode(a['src'].split(',')[1])) for a in images] == [(int(a['width']), int(a['height'])) for a in images]
+    assert len(images) == 5 and all(a['alt'] and a['src'].startswith('data:image/png;base64,' if i else 'data:image/svg+xml;base64,') for i, a in enumerate(images))
+    assert [(png_size if i else svg_size)(base64.b64decode(a['src'].split(',')[1])) for i, a in enumerate(images)] == [(int(a['width']), int(a['height'])) for a in images]
     links = [v for t, a in p.tags for k, v in a.items() if k in ('src', 'href', 'srcset', 'data', 'action', 'poster')]
     assert all(v.startswith(('data:', '#')) for v in links) and not re.search(r'https?://|@import|url\(', text)
     assert not p.all('script') and not p.all('iframe') and not [k for _, a in p.tags for k in a if k.startswith('on')]
@@ -77,6 +82,21 @@ def test_page_says_what_the_records_say(text, told):
     drawn, missing = ([f for f in c['figures'] if bool(f['data']) == b] for b in (True, False))
     assert [f['name'] for f in drawn] == ['fig1', 'fig2', 'sweep', 'fig4-law'] and 'Not drawn yet' in text and all(f['command'] in plain for f in missing)
 
+def test_figures_are_drawn_from_their_records(monkeypatch):
+    monkeypatch.setenv('RLSFT_FIGURES', str(ROOT/'figures'))
+    cfg, t = load_params('tiny'), load_claims()
+    for name in ('fig1', 'fig4-law', 'fig6-distance'):
+        svg = vector(name, cfg, 0)
+        tags = {e.tag.rpartition('}')[2] for e in ElementTree.fromstring(svg).iter()}
+        assert svg == vector(name, cfg, 0) and b'<date>' not in svg.replace(b'dc:', b'') and not tags & {'script', 'image', 'text', 'a', 'foreignObject'}
+        w, h = png_size((ROOT/'figures'/'tiny'/(f'{name}.png' if name == 'fig4-law' else f'{name}-seed0.png')).read_bytes())
+        assert all(abs(a - b) < 3 for a, b in zip(svg_size(svg), (w, h))), 'as large as the picture in git'
+    entry = next(f for f in t['figures'] if f['name'] == ['fig4-law'])
+    assert figure(entry, t['records'], cfg, 0)['data'].startswith('data:image/svg+xml;base64,')
+    monkeypatch.setattr(report, 'LARGEST', 1000)
+    assert vector('fig4-law', cfg, 0) == b'' and figure(entry, t['records'], cfg, 0)['data'].startswith('data:image/png;base64,')
+    assert vector('fig1', cfg, 999) == b'', 'no record'
+
 def test_claims_are_filtered_by_verdict_without_a_script(text, told):
     p = Page(text)
     ids = [a['id'] for a in p.all('input')]
@@ -88,8 +108,20 @@ def test_claims_are_filtered_by_verdict_without_a_script(text, told):
 def test_findings_and_what_they_need(text, told):
     assert [c['id'] for c, _ in told['findings']] == [f['id'] for f in load_claims()['findings']] and len(told['findings']) == 6
     plain = html.unescape(re.sub('<[^>]+>', ' ', text))
-    for word in ('Four cards', 'In distribution', 'Out of distribution', 'To make all of it again'): assert plain.index(word) < plain.index('In the order of the paper')
-    assert Page(text).all('figure')[0]['id'] == f"figure-{told['main']['name']}" and text.count(f"id=\"figure-{told['main']['name']}\"") == 1
+    for word in ('Four cards', 'In distribution', 'Out of distribution', 'To make all of it again'): assert plain.index(word) < plain.index('Paper by paper, the first in its own order')
+    assert [f['id'] for f in Page(text).all('figure')[:2]] == ['figure-claims', f"figure-{told['main']['name']}"] and text.index('figure-claims') < text.index('id="findings"') and text.count(f"id=\"figure-{told['main']['name']}\"") == 1
+
+def test_the_scoreboard_says_what_the_table_says(told):
+    alt, n = told['board']['alt'], len(told['r']['claims'])
+    assert all(f'{k} {v}' in alt for v, k in told['given'].items()) and sum(told['given'].values()) == n
+    import matplotlib.pyplot as plt
+    fig = judging.fig_verdicts(told['r'], 'tiny')
+    marks = [l.get_label() for l in fig.axes[0].lines]
+    assert {v: marks.count(v) for v in told['given']} == told['given'] and len(marks) == n, 'one mark a claim'
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels() if t.get_text()] == list(told['r']['papers'].values())
+    assert len({(l.get_marker(), l.get_fillstyle(), l.get_markerfacecolor()) for l in fig.axes[0].lines}) == len({*marks}), 'told apart'
+    assert len({(l.get_marker(), l.get_fillstyle(), l.get_markerfacecolor() == 'white') for l in fig.axes[0].lines}) == len({*marks}), 'without colour too'
+    plt.close(fig)
 
 def test_a_model_that_was_never_run_has_no_tally_of_verdicts(capsys, tmp_path):
     assert main(['--model', 'smollm2', '--out', str(tmp_path/'r.html')]) == 0
@@ -102,7 +134,7 @@ def test_nothing_becomes_markup(tmp_path):
     r['fig1']['stages'] = {'<b>x</b>': dict(commit='"><script>', dirty=True, python='<i>', device='<img src=x>', versions={'<u>': '&'})}
     save(r, tmp_path)
     p = Page(page('tiny'))
-    assert not p.all('script') and not p.all('i') and not p.all('u') and not p.all('img') and not p.wrong
+    assert not p.all('script') and not p.all('i') and not p.all('u') and [a['alt'][:6] for a in p.all('img')] == ['A line'] and not p.wrong
 
 def test_one_seed_and_none(tmp_path):
     empty = Page(page('tiny'))
@@ -129,6 +161,14 @@ def test_command(tmp_path, capsys):
 def test_command_line(tmp_path, env):
     r = subprocess.run([sys.executable, '-m', 'rlsft_nb.report', '--model', 'tiny', '--out', str(tmp_path/'r.html')], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert r.returncode == 0 and r.stdout.splitlines()[0] == str(tmp_path/'r.html'), r.stderr
+
+def test_readme_says_how_make_paper_ends(tmp_path, monkeypatch):
+    (tmp_path/'runs'/'tiny').mkdir(parents=True); (tmp_path/'runs'/'tiny'/'records').mkdir()
+    for p in (ROOT/'figures'/'tiny').glob('*-seed0.json'): shutil.copy(p, tmp_path/'runs'/'tiny'/'records')
+    monkeypatch.setenv('RLSFT_FIGURES', str(ROOT/'figures'))
+    monkeypatch.setattr(report, 'vector', lambda *_: b'')
+    blocks = re.findall('```console\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+    assert '\n'.join(report.closing('tiny')).replace(str(tmp_path/'runs'), 'runs').strip() == blocks[0].strip()
 
 # in a browser
 
@@ -157,7 +197,7 @@ def look(text, width, folder):
 def test_in_a_browser(text, tmp_path, width):
     seen, complaints = look(text, width, tmp_path)
     assert seen['width'] <= width and seen['scroll'] <= seen['width'], f'the page is wider than the screen: {seen}'
-    assert seen['images'] == 4 and seen['broken'] == seen['empty'] == 0 and seen['wide'] == [] and seen['height'] > 3000, seen
+    assert seen['images'] == 5 and seen['broken'] == seen['empty'] == 0 and seen['wide'] == [] and seen['height'] > 3000, seen
     assert complaints == []
 
 @pytest.mark.skipif(not BROWSER, reason='no Chromium or Chrome on PATH (Debian: apt-get install chromium)')

@@ -1,10 +1,15 @@
 "Fine-tuning: what is learned from, that a kill changes nothing, and that the peak is not chosen on test hands."
 import json, os, signal, subprocess, sys, time
 import pytest, torch
-from rlsft_nb.core import ParamError, ROOT, load_params, read_json
+from rlsft_nb.files import read_json
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import ROOT
+from rlsft_nb.problems import ParamError
 from rlsft_nb.game import answer, hands, multisets, prompt, solve, values, verify
 from rlsft_nb.generation import encode, generate
+from rlsft_nb.live import read_log
 from rlsft_nb.models import load_lm
+from rlsft_nb.pipeline import curve_stage, named, named_stage, sft_stage
 from rlsft_nb.sft import *
 from rlsft_nb.sft import _newest, _says
 
@@ -67,12 +72,13 @@ def test_training_keeps_its_steps_and_its_real_rates(trained, pico):
     assert r['steps'] == [4, 8, 12] and [h['step'] for h in r['log']] == list(range(1, 13))
     rates = [h['learning_rate'] for h in r['log']]
     assert rates[3:] == [2.0e-4]*9 and rates[0] < rates[1] < rates[2] # linear, then constant: no cosine
-    assert {p.name for p in folder.iterdir()} == {'resume', 'step-4', 'step-8', 'step-12'}
+    assert {p.name for p in folder.iterdir()} == {'resume', 'step-4', 'step-8', 'step-12', 'log.jsonl'}
+    assert read_log(folder) == [{k: h[k] for k in ('step', 'loss')} for h in r['log']]
     assert not same(weights(folder/'step-4'), weights(pico['qwen2'])) and not same(weights(folder/'step-4'), weights(folder/'step-12'))
     assert r['log'][-1]['loss'] < r['log'][0]['loss']
 
 def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, pico, tmp_path):
-    code = f'from rlsft_nb.core import load_params\nfrom rlsft_nb.sft import train_sft\ntrain_sft(load_params("tiny", {SMALL | dict(model=dict(source="folder", path=str(pico["qwen2"])))!r}), {str(tmp_path)!r}, 1)'
+    code = f'from rlsft_nb.parameters import load_params\nfrom rlsft_nb.sft import train_sft\ntrain_sft(load_params("tiny", {SMALL | dict(model=dict(source="folder", path=str(pico["qwen2"])))!r}), {str(tmp_path)!r}, 1)'
     for seen in (4, 8): # killed after each of these was kept
         p = subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path/f'step-{seen}').exists() and p.poll() is None: time.sleep(.002)
@@ -80,7 +86,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, pico, tmp_pat
         assert (tmp_path/f'step-{seen}').exists()
     got = train_sft(small(pico), tmp_path, seed=1)
     for n in (4, 8, 12): assert same(weights(tmp_path/f'step-{n}'), weights(trained[0]/f'step-{n}'))
-    assert [h['loss'] for h in got['log']] == [h['loss'] for h in trained[1]['log']]
+    assert [h['loss'] for h in got['log']] == [h['loss'] for h in trained[1]['log']] == [l['loss'] for l in read_log(tmp_path)], 'the curve shows the earlier part, once'
 
 def test_a_half_written_state_is_passed_over(tmp_path):
     for n, text in ((3, '{"global_step": 3}'), (6, '{"global_'), (12, None)):
@@ -138,3 +144,35 @@ def test_verdicts_follow_their_thresholds():
     assert _says(.1, .02) == 'within noise'
     four = [i//25 for i in range(100)] # four multisets: too few to tell
     assert told((few, many), (many, few), [2., .5, 2.1], dict(ID=four, OOD=four))[:2] == ['within noise']*2
+
+def test_rows_from_any_multiset_but_those_kept_out():
+    rows = expert_rows(load_params('tiny', dict(sft=dict(part='any', hands=2000))), 0)
+    seen = {tuple(sorted(values(h))) for h in rows['cards']}
+    assert not seen & set(multisets('kept')) and all(seen & set(multisets(p)) for p in ('sft', 'rl', 'val', 'test'))
+    assert {tuple(sorted(values(h))) for h in expert_rows(load_params('tiny'), 0)['cards']} <= set(multisets('sft'))
+    with pytest.raises(ParamError, match="sft.part='rl': expected 'sft' or 'any'"): expert_rows(load_params('tiny', dict(sft=dict(part='rl'))), 0)
+
+# adapters
+
+def test_adapters_change_matrices_of_layers_by_their_rank_and_leave_a_plain_checkpoint(pico, tmp_path):
+    r = train_sft(small(pico, lora=2, lr=2.0e-3), tmp_path/'a', seed=1)
+    base, end = weights(pico['qwen2']), weights(tmp_path/'a'/'step-12')
+    assert r['steps'] == [4, 8, 12] and {*end} == {*base} and not (tmp_path/'a'/'step-12'/'adapter_config.json').exists()
+    moved = {n for n in base if not torch.equal(base[n], end[n])}
+    assert moved == {n for n in base if n.endswith('proj.weight')}
+    assert all(torch.linalg.matrix_rank((end[n] - base[n]).double(), rtol=1e-3) == 2 for n in moved)
+
+def test_adapters_go_on_where_they_were_killed(pico, tmp_path):
+    whole = train_sft(small(pico, lora=2), tmp_path/'a', seed=1)
+    import shutil
+    train_sft(small(pico, lora=2), tmp_path/'b', seed=1)
+    for n in (8, 12): shutil.rmtree(tmp_path/'b'/f'step-{n}')
+    for p in (tmp_path/'b'/'resume').glob('checkpoint-*'): # as if it had been killed after step 6
+        if p.name != 'checkpoint-6': shutil.rmtree(p)
+    train_sft(small(pico, lora=2), tmp_path/'b', seed=1)
+    assert same(weights(tmp_path/'a'/'step-12'), weights(tmp_path/'b'/'step-12')) and whole['steps'] == [4, 8, 12]
+
+def test_adapters_are_refused_where_they_cannot_be(pico, tmp_path, monkeypatch):
+    with pytest.raises(ParamError, match='sft.lora=-1 in 1 processes'): train_sft(small(pico, lora=-1), tmp_path)
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ParamError, match='sft.lora=2 in 2 processes: expected 0, or a rank in one process'): train_sft(small(pico, lora=2), tmp_path)

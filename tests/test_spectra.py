@@ -10,7 +10,7 @@ from rlsft_nb.chance import *
 from rlsft_nb.comparison import *
 from rlsft_nb.comparison_page import *
 from rlsft_nb.spectra import *
-from rlsft_nb.core import load_params
+from rlsft_nb.parameters import load_params
 from rlsft_nb.weights import Checkpoint, CheckpointError
 from pretend import GPU, Claimed, plain
 from test_weights import build
@@ -407,7 +407,7 @@ def test_workers_and_memory_are_in_the_help(capsys):
 def test_memory_is_bounded_by_the_largest_matrix(tmp_path, env):
     "Peak memory of many matrices is that of one, and below what the help says."
     code = '''import sys, torch, rlsft_nb.comparison as s
-from rlsft_nb.core import peak_mib
+from rlsft_nb.machine import peak_mib
 from rlsft_nb.weights import Checkpoint
 torch.set_num_threads(1)
 A, B = (Checkpoint(f) for f in sys.argv[1:])

@@ -1,12 +1,13 @@
 "Restoration of checkpoints as people have them: what is edited, what is left alone, what is refused, and nothing lost."
-import json, math, os, shutil, subprocess, sys
+import fcntl, json, math, os, shutil, subprocess, sys
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoModel
 from rlsft_nb import edits, surgery
-from rlsft_nb.core import DiskError, StageBusy, read_json
+from rlsft_nb.files import read_json
+from rlsft_nb.problems import DiskError, StageBusy
 from rlsft_nb.surgery import Exists, TooBig, choose_strength, main, plan, restore, restore_all, sweep
 from rlsft_nb.tiny import make_tokenizer
 from rlsft_nb.weights import Checkpoint, CheckpointError, open_checkpoint
@@ -510,6 +511,15 @@ def test_scores_are_kept_by_what_made_them(tmp_path):
     run(); assert len(seen) == n + 3
     (tmp_path/'s'/'a.json').write_text(json.dumps(dict(spec=dict(ranks=2, types='q'), score=-1))) # of an older version
     assert run() > 0
+
+def test_a_sweep_that_was_killed_at_its_very_end_leaves_nothing(tmp_path):
+    tgt, ref = two(tmp_path)
+    first = surgery.sweep(tgt, ref, tmp_path/'s', dict(a=dict(types='q')), lambda f: 1.)
+    (tmp_path/'s'/'.sweep'/'a').mkdir(parents=True); (tmp_path/'s'/'.sweep'/'.lock').touch()
+    with open(tmp_path/'s'/'.sweep'/'.lock') as held:
+        fcntl.flock(held, fcntl.LOCK_EX) # another process sweeps
+        assert surgery.sweep(tgt, ref, tmp_path/'s', dict(a=dict(types='q')), lambda f: 1.) == first and (tmp_path/'s'/'.sweep'/'a').is_dir()
+    assert surgery.sweep(tgt, ref, tmp_path/'s', dict(a=dict(types='q')), lambda f: 1.) == first and [p.name for p in (tmp_path/'s').iterdir()] == ['a.json']
 
 def test_two_sweeps_at_once_and_a_killed_one(tmp_path):
     tgt, ref = two(tmp_path)

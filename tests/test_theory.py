@@ -6,8 +6,10 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from rlsft_nb import blocks, chance, checkpoint_chains, comparison, drift, freedoms, gauge, theory as T
-from rlsft_nb.core import Stage, load_params, run_stage, verdict_table
+from rlsft_nb import blocks, chance, checkpoint_chains, comparison, drift, freedoms, gauge, pipeline, theory as T
+from rlsft_nb.parameters import load_params
+from rlsft_nb.stages import Stage, run_stage
+from rlsft_nb.verdicts import verdict_table
 from rlsft_nb.weights import Checkpoint
 from pretend import GPU
 from test_spectra import same_draws
@@ -219,9 +221,9 @@ def test_freedoms_on_disk_are_all_gauge(pico, tmp_path, kind, name, at):
 
 def test_blocks_are_made_once_and_the_same(tmp_path):
     cfg = load_params('tiny', dict(workers=1, theory=dict(draws=2, blocks=dict(width=5, middle=6, steps=20, seeds=2))))
-    a = T.blocks_stage(cfg)
+    a = pipeline.blocks_stage(cfg)
     made = a.results()['runs']
-    assert len(made) == 16 and {r['seed'] for r in made} == {0, 1} and T.blocks_stage(cfg, 1).results()['runs'][0]['seed'] == 2
+    assert len(made) == 16 and {r['seed'] for r in made} == {0, 1} and pipeline.blocks_stage(cfg, 1).results()['runs'][0]['seed'] == 2
     assert blocks.train_block('swiglu', 'adam', True, 1, cfg.theory.blocks, 2) == made[-1]
     linear = [r for r in made if r['kind'] == 'linear' and r['optimizer'] == 'sgd']
     assert all(r['loss'][1] < r['loss'][0] for r in linear)
@@ -239,19 +241,19 @@ def test_theory_stage(pico, tmp_path, monkeypatch):
         save_file(new, tmp_path/who/'model.safetensors')
         (tmp_path/who/'config.json').write_text((pico['qwen2']/'config.json').read_text())
     base, end, rl = str(pico['qwen2']), str(tmp_path/'end'), str(tmp_path/'rl')
-    monkeypatch.setattr(T, 'curve_stage', lambda cfg, seed: made('curve', dict(end=8), seed))
-    monkeypatch.setattr(T, 'rl_stage', lambda cfg, step, seed: made('ppo', dict(step=step), seed))
-    monkeypatch.setattr(T, 'named', lambda cfg, seed: dict(base=base, peak=end, end=end, rl=rl))
+    monkeypatch.setattr(pipeline, 'curve_stage', lambda cfg, seed: made('sft-curve', dict(end=8), seed))
+    monkeypatch.setattr(pipeline, 'rl_stage', lambda cfg, step, seed: made('ppo', dict(step=step), seed))
+    monkeypatch.setattr(pipeline, 'named_with_rl', lambda cfg, seed: dict(base=base, peak=end, end=end, rl=rl))
     cfg = load_params('tiny', dict(workers=1, theory=dict(draws=3)))
-    st = T.theory_stage(cfg)
+    st = pipeline.theory_stage(cfg)
     chains = st.results()['chains']
     same = {(r['label'], r['layer']) for r in chains if not r['changed']}
     assert same == {('SFT from peak', 0), ('SFT from peak', 1), ('RL', 0)}
-    assert len(chains) == 18 and [u.name for u in st.upstream] == ['curve', 'ppo']
-    narrow = T.theory_stage(load_params('tiny', dict(workers=1, theory=dict(draws=3, widest=47)))).results()['chains']
+    assert len(chains) == 18 and [u.name for u in st.upstream] == ['sft-curve', 'ppo']
+    narrow = pipeline.theory_stage(load_params('tiny', dict(workers=1, theory=dict(draws=3, widest=47)))).results()['chains']
     assert narrow == [r for r in chains if r['kind'] != 'mlp']
     monkeypatch.setattr(checkpoint_chains, 'measure_chain', None)
-    assert T.theory_stage(cfg).results()['chains'] == chains
+    assert pipeline.theory_stage(cfg).results()['chains'] == chains
 
 # GPUs, pretended
 
@@ -297,13 +299,13 @@ def test_large_chains_go_to_a_gpu(pico, tmp_path, monkeypatch):
         if r['kind'] != 'mlp': assert r == s
 
 def test_the_stage_uses_all_processes(pico, monkeypatch):
-    monkeypatch.setattr(T, 'curve_stage', lambda cfg, seed: made('curve', dict(end=8), seed))
-    monkeypatch.setattr(T, 'rl_stage', lambda cfg, step, seed: made('ppo', dict(step=step), seed))
-    monkeypatch.setattr(T, 'named', lambda cfg, seed: dict.fromkeys(('base', 'peak', 'end', 'rl'), str(pico['qwen2'])))
+    monkeypatch.setattr(pipeline, 'curve_stage', lambda cfg, seed: made('sft-curve', dict(end=8), seed))
+    monkeypatch.setattr(pipeline, 'rl_stage', lambda cfg, step, seed: made('ppo', dict(step=step), seed))
+    monkeypatch.setattr(pipeline, 'named_with_rl', lambda cfg, seed: dict.fromkeys(('base', 'peak', 'end', 'rl'), str(pico['qwen2'])))
     calls = []
     monkeypatch.setattr(T, 'map_sized', lambda fn, items, extents, folder, workers, desc: (calls.append((fn, list(items), extents, workers)), {})[1])
     monkeypatch.setattr(T, 'processes', lambda cfg: cfg.workers + 7)
-    T.theory_stage(load_params('tiny', dict(workers=2, theory=dict(draws=3))))
+    pipeline.theory_stage(load_params('tiny', dict(workers=2, theory=dict(draws=3))))
     (fn, items, extents, workers), = calls
     assert fn == 'checkpoint_chains.measure_chain' and workers == 9 and len(items) == 18 and items == list(extents)
     assert extents['RL-1-mlp'] == (48, 2*32*48 + 48**2)

@@ -2,7 +2,9 @@
 import collections, random, re
 import pytest, torch
 from hypothesis import given, strategies as st
-from rlsft_nb.core import load_params, read_json, sha256_file, shipped, shipped_names
+from rlsft_nb.files import read_json, sha256_file
+from rlsft_nb.parameters import load_params
+from rlsft_nb.places import shipped, shipped_names
 from rlsft_nb.game import PHRASES, PROMPT, answer, evaluate, feedback_turn, hands, multisets, prompt, solve, values, verify
 from rlsft_nb.generation import encode
 from rlsft_nb.models import load_lm
@@ -140,6 +142,54 @@ def test_digits_spell_numbers_and_the_record_is_of_the_weights_that_ship():
     assert [len(tok(n)['input_ids']) for n in ('7', '13', '100')] == [1, 2, 3] and tok.decode(tok('13*10')['input_ids']) == '13*10'
     r = read_json(shipped('digits')/'provenance.json')
     assert r['sha256'] == sha256_file(shipped('digits')/'model.safetensors') and set(r['abilities']) == {f'{a} {b}' for a in ('ID', 'OOD') for b in ('known', 'pair kept out', 'multiset kept out')}
+
+def test_a_chain_of_operations_is_the_formula_it_came_from():
+    from rlsft_nb.digits import pairs, steps, tried
+    for m, t, f in random.Random(1).sample(pairs(4) + pairs(3), 400):
+        back = tried(steps(f), random.Random(t).sample(m, len(m)))
+        assert evaluate(back)[1] == t and sorted(map(int, re.findall(r'\d+', back))) == sorted(m) and sorted(steps(back).split()) == sorted(steps(f).split())
+    assert [tried(c, (13, 10, 9, 6)) for c in ('13-10=3 3*9=27', '13-10=4 4*9=36 36+6=42', '13-10=3 3*8=24 24+6=30', '6/0=1', '', 'so')] == ['']*6
+
+def test_only_the_last_try_is_learned():
+    from rlsft_nb.digits import Practice, steps
+    tok, pair = make_tokenizer(words=False), ((4, 6, 8, 8), 24)
+    class Mine(Practice):
+        def pick(self): return *pair, '(8-4)*6*8/8'
+    c, aside, own = Mine(0, {pair: ['8+8+6+4', '(8+8)*6/4']}), collections.Counter(), {steps('8+8+6+4'), steps('(8+8)*6/4')}
+    for _ in range(300):
+        chat = [t for t in c.chat() if '-4=4' in t[1] and t[0] == 'assistant' and t[2]]
+        for _, text, counted in chat:
+            ids, labels = encode_chat(tok, [('assistant', text, counted)])
+            learned = tok.decode([l for l in labels if l >= 0])
+            assert ids[1:] == tok(text + '<|end|>')['input_ids'] and steps('(8-4)*6*8/8') in learned and not any(o in learned for o in own)
+            aside[sum(o in text for o in own)] += 1
+    assert set(aside) == {0, 1, 2} and min(aside.values()) > 20
+
+def test_own_tries_are_wrong_guesses_of_the_network():
+    from rlsft_nb.digits import own_tries, steps
+    lm, tok = load_lm(str(shipped('digits')))
+    asked = [((3, 5, 9, 13), 24), ((1, 2, 3, 4), 10)]
+    found = own_tries(lm, tok, asked, samples=6, seed=1)
+    assert found == own_tries(lm, tok, asked, samples=6, seed=1) and 0 < sum(map(len, found)) <= 12
+    for (m, t), fs in zip(asked, found):
+        assert len(fs) == len(set(fs)) and all(evaluate(f)[1] != t and sorted(map(int, re.findall(r'\d+', f))) == sorted(m) for f in fs)
+
+def test_the_command_goes_on_from_what_it_packed(tmp_path, monkeypatch, capsys):
+    from rlsft_nb import digits
+    asked = []
+    def few_steps(folder, steps, seed, corpus, tok, start, **how):
+        asked.append((steps, seed, start, corpus.own, how['peak']))
+        return pretrain(folder, 2, seed, size=2, corpus=corpus, tok=tok, start=start, **({} if start else dict(width=64, layers=1)))
+    monkeypatch.setattr(digits, 'pretrain', few_steps)
+    monkeypatch.setattr(digits, 'abilities', lambda *lm: dict(here=dict(rate=.5)))
+    assert digits.main(['--out', str(tmp_path/'a'), '--afresh', '--words', '--seed', '3', '--steps', '7']) == 0
+    packed = tmp_path/'a'/'packed'
+    first = read_json(packed/'provenance.json')
+    assert first['seed'] == 3 and first['start'] is None and len(load_lm(str(packed))[1]('100')['input_ids']) == 1 and first['sha256'] == sha256_file(packed/'model.safetensors')
+    for _ in range(2): assert digits.main(['--out', str(tmp_path/'b'), '--start', str(packed), '--pairs', '3', '--peak', '1e-4']) == 0
+    again = read_json(tmp_path/'b'/'packed'/'provenance.json')
+    assert again['start']['sha256'] == first['sha256'] and again['seed'] == 3 and [p.name for p in (tmp_path/'b'/'tries').iterdir()] == ['0.json']
+    assert [(*a[:3], a[4]) for a in asked] == [(7, 3, '', 5e-4)] + [(20000, 3, str(packed), 1e-4)]*2 and asked[0][3] == {} and capsys.readouterr().out.count("{'here': 0.5}") == 3
 
 def test_training_goes_on_from_given_weights(tmp_path):
     from rlsft_nb.digits import Practice

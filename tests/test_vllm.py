@@ -6,7 +6,8 @@ import pytest, torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from rlsft_nb import ppo_run, rollouts, vllm
-from rlsft_nb.core import ParamError, load_params
+from rlsft_nb.parameters import load_params
+from rlsft_nb.problems import ParamError
 from rlsft_nb.game import hands, prompt
 from rlsft_nb.generation import encode, generate_ids, stop_ids
 from rlsft_nb.models import load_lm, save_lm
