@@ -21,7 +21,8 @@ from .intervals import resampled
 from .judging import seen
 from .places import runs_root
 from .matrices import as_matrix, decompose, singular_values
-from .weights import CheckpointError, MatrixError, safe_name
+from .matrix_names import safe_name
+from .problems import CheckpointError, MatrixError
 
 # %% ../nbs/chain.ipynb #a4a4aa4f
 def stable_rank(s:Tensor # singular values, not all zero

@@ -17,13 +17,15 @@ import numpy as np, torch
 from scipy.stats import binom
 from torch import Tensor
 from .chance import NEAR, NULLS, TOP, bands, bf16_steps, beyond, compared, entry_masks, first_order, first_order_principal, intruders, lead, null_update, random_angles, rounding, split_update, storage_noise, update_mask
-from .problems import DiskError, Problem
+from .problems import DiskError, Problem, CheckpointError, MatrixError
 from .machine import free_bytes, gpus, own_device
 from .files import make_dir
 from .parallel import map_items
 from .places import runs_root
 from .matrices import all_finite, as_matrix, cluster_angles, clusters, decompose, full_precision, nested_angles, overlaps, principal_angles, singular_values, structural_zeros, svd, svdvals, vector_angles
-from .weights import Checkpoint, CheckpointError, MatrixError, common, factors, open_checkpoint, read_matrix, safe_name, select
+from .matrix_names import safe_name, select
+from .slices import factors, read_matrix
+from .weights import Checkpoint, common, open_checkpoint
 
 # %% ../nbs/comparison.ipynb #389c81cd
 def thinned(x, n=512) -> list:

@@ -20,13 +20,14 @@ from .files import make_dir, read_json, write_json
 from .intervals import resampled
 from .machine import own_device
 from .places import runs_root
-from .problems import ParamError, Problem
+from .problems import ParamError, Problem, CheckpointError, MatrixError
 from .divergence import BYTES, COLUMNS, HiddenStates, Parts, chunk_of, measure_texts
 from .matrices import decompose
 from .models import load_lm, load_tok
 from .surgery import made_by, scored_by
 from .texts import Texts, encoded, game_texts, old_texts, read_texts, spread
-from .weights import Checkpoint, CheckpointError, MatrixError, safe_name
+from .matrix_names import safe_name
+from .weights import Checkpoint
 
 # %% ../nbs/forget.ipynb #e844fd02
 def grouped(sums, groups:list # (n, c); n names

@@ -29,7 +29,7 @@ from .processes import collect, leave, my_part, rank, world, woven
 from .rollouts import greedy
 _all_ = ['collect', 'leave', 'my_part', 'rank', 'world', 'woven'] # their home is `processes`
 from .headers import check_gguf
-from .weights import read_config
+from .tensor_files import read_config
 
 # %% ../nbs/01_models.ipynb #68994d17
 EMBEDDED = Path(str(resources.files('rlsft_nb')))/'data' # folders of weights that the package carries

@@ -19,13 +19,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from .commands import parser, run
-from .problems import DiskError, Problem, StageBusy
+from .problems import DiskError, Problem, StageBusy, CheckpointError
 from .files import atomic_write, make_dir, read_json, write_json
 from .machine import own_device, free_bytes
 from .notices import progress
 from .edits import CONTROLS, MODES, band, check_mode, controls_of, describe, edits, freedom, pair, parse_ranks, reach
 from .matrices import all_finite
-from .weights import Checkpoint, CheckpointError, kinds, open_checkpoint, put_slice
+from .matrix_names import kinds
+from .slices import put_slice
+from .weights import Checkpoint, open_checkpoint
 
 # %% ../nbs/surgery.ipynb #178ddca8
 def parse_layers(layers # None, a whole number, several of them, or text such as '0-6,9'; both ends are included

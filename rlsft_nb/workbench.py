@@ -24,7 +24,8 @@ from .matrices import CUT, Spectrum
 from .models import arithmetic, cells, dealt, device, evaluate, load_lm
 from .plan import idle
 from .surgery import choose, placed, seed_of
-from .weights import CheckpointError, safe_name
+from .matrix_names import safe_name
+from .problems import CheckpointError
 
 # %% ../nbs/workbench.ipynb #f9ecf4a6
 class Row:

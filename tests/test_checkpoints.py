@@ -6,7 +6,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoModel
 from transformers.utils import logging
-from rlsft_nb import weights
+from rlsft_nb import tensor_files, weights
+from rlsft_nb.matrix_names import *
+from rlsft_nb.problems import CheckpointError, CheckpointMissing, MatrixError
+from rlsft_nb.slices import *
+from rlsft_nb.tensor_files import *
 from rlsft_nb.weights import *
 
 logging.disable_progress_bar()
@@ -285,10 +289,10 @@ def test_tied_with_two_copies(tmp_path):
     assert not ck.tied and torch.equal(ck.read('head'), AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight)
 
 def test_plain_configurations_need_no_transformers():
-    for kind in weights._PLAIN:
+    for kind in tensor_files._PLAIN:
         for tied in (True, False):
             c = dict(model_type=kind, tie_word_embeddings=tied)
-            assert says_tied(c) == tied == weights._resolved(c)['tie_word_embeddings']
+            assert says_tied(c) == tied == tensor_files._resolved(c)['tie_word_embeddings']
     assert says_tied(dict(model_type='qwen2')) is False and says_tied(dict(model_type='t5', tie_word_embeddings=False)) is True
 
 def test_nested_tying(tmp_path):

@@ -12,9 +12,9 @@ from rlsft_nb.chance import *
 from rlsft_nb.comparison import *
 from rlsft_nb.comparison_page import *
 from rlsft_nb.commands import parser
-from rlsft_nb.problems import DiskError, Problem
+from rlsft_nb.problems import DiskError, Problem, CheckpointError
 from rlsft_nb.matrices import *
-from rlsft_nb.weights import Checkpoint, CheckpointError
+from rlsft_nb.weights import Checkpoint
 from test_checkpoints import build, fp8, lora
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

@@ -12,7 +12,8 @@ from rlsft_nb.places import *
 from rlsft_nb.problems import *
 from rlsft_nb.stages import *
 from rlsft_nb.generation import ModelError
-from rlsft_nb.weights import Checkpoint, CheckpointError, MatrixError
+from rlsft_nb.problems import CheckpointError, MatrixError
+from rlsft_nb.weights import Checkpoint
 
 # stages
 

@@ -5,13 +5,13 @@ import numpy as np, pytest, scipy.linalg, scipy.special, torch
 from safetensors.torch import load_file, save_file
 from rlsft_nb import divergence, forget as room, forget_page
 from rlsft_nb.places import shipped
-from rlsft_nb.problems import ParamError, Problem
+from rlsft_nb.problems import ParamError, Problem, CheckpointError
 from rlsft_nb.divergence import *
 from rlsft_nb.forget import *
 from rlsft_nb.intervals import resampled
 from rlsft_nb.texts import *
 from rlsft_nb.tiny import Corpus, make_tokenizer
-from rlsft_nb.weights import Checkpoint, CheckpointError
+from rlsft_nb.weights import Checkpoint
 from test_checkpoints import ab, build, lora
 
 TOK = make_tokenizer()

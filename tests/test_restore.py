@@ -12,11 +12,11 @@ from rlsft_nb import edits, restoration, restoration_figures, restore, surgery, 
 from rlsft_nb.files import read_json, write_json
 from rlsft_nb.intervals import wilson
 from rlsft_nb.parameters import load_params
-from rlsft_nb.problems import DiskError, ParamError, StageBusy
+from rlsft_nb.problems import DiskError, ParamError, StageBusy, CheckpointError
 from rlsft_nb.verdicts import verdict_table
 from rlsft_nb.models import score
 from rlsft_nb.tiny import make_tokenizer, new_model
-from rlsft_nb.weights import CheckpointError, canonical
+from rlsft_nb.matrix_names import canonical
 from pretend import GPU
 
 EXACT = ('directions', 'rotate', 'values', 'swap')

@@ -11,7 +11,8 @@ from rlsft_nb.comparison import *
 from rlsft_nb.comparison_page import *
 from rlsft_nb.spectra import *
 from rlsft_nb.parameters import load_params
-from rlsft_nb.weights import Checkpoint, CheckpointError
+from rlsft_nb.problems import CheckpointError
+from rlsft_nb.weights import Checkpoint
 from pretend import GPU, Claimed, plain
 from test_weights import build
 

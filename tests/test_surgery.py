@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoModel
 from rlsft_nb import edits, surgery
 from rlsft_nb.files import read_json
-from rlsft_nb.problems import DiskError, StageBusy
+from rlsft_nb.problems import DiskError, StageBusy, CheckpointError
 from rlsft_nb.surgery import Exists, TooBig, choose_strength, main, plan, restore, restore_all, sweep
 from rlsft_nb.tiny import make_tokenizer
-from rlsft_nb.weights import Checkpoint, CheckpointError, open_checkpoint
+from rlsft_nb.weights import Checkpoint, open_checkpoint
 from test_checkpoints import MOE, build, config, experts_of, lora
 
 def moved(lm, by=.05, seed=1):

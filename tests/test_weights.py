@@ -3,6 +3,10 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, MllamaConfig, Qwen2Config
 from rlsft_nb import weights
+from rlsft_nb.matrix_names import *
+from rlsft_nb.problems import CheckpointError, CheckpointMissing, MatrixError
+from rlsft_nb.slices import *
+from rlsft_nb.tensor_files import *
 from rlsft_nb.weights import *
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)

@@ -48,7 +48,8 @@ def test_code_of_a_checkpoint_never_runs(tmp_path, pico):
     import torch
     from rlsft_nb.generation import ModelError
     from rlsft_nb.models import load_lm
-    from rlsft_nb.weights import CheckpointError, open_checkpoint
+    from rlsft_nb.problems import CheckpointError
+    from rlsft_nb.weights import open_checkpoint
     at, ran = shutil.copytree(pico['qwen2'], tmp_path/'ck'), tmp_path/'ran'
     for n in ('modeling_evil', 'configuration_evil', 'tokenization_evil', 'conftest', 'sitecustomize'): (at/f'{n}.py').write_text(f'open({str(ran)!r}, "w").close()\nclass C: pass\n')
     config = json.loads((at/'config.json').read_text())
