@@ -9,11 +9,10 @@ __all__ = ['ROOMS', 'KNOWN', 'FIELDS', 'MEASURED', 'NEEDS', 'load_claims', 'at_s
 # %% ../nbs/07_claims.ipynb #c878ecd6
 import re
 from statistics import fmean
-import yaml
 from . import measures, measures_restore, measures_rivals, measures_spectra
 from .claim_records import Absent, Records, Untestable, command
 from .records import seeds_of
-from .parameters import load_params
+from .parameters import load_params, yaml_mapping
 from .places import params_dir
 from .problems import ParamError, near, Damaged, Problem
 from .verdicts import Markdown, cell_text
@@ -41,7 +40,7 @@ def _check_claim(c, sections, papers):
 # %% ../nbs/07_claims.ipynb #569c977b
 def load_claims(path=params_dir()/'claims.yaml') -> dict: # conf, papers, tests, records, findings, sections, figures, claims, numbers
     "The list of claims, checked."
-    told = yaml.safe_load(path.read_text(encoding='utf-8'))
+    told = yaml_mapping(path.read_text(encoding='utf-8'), path.name)
     for c in told['claims']: _check_claim(c, told['sections'], told['papers'])
     ids = [c['id'] for c in told['claims']]
     twice = [i for i in ids if ids.count(i) > 1]

@@ -17,10 +17,8 @@ from .graph import STEPS, notebooks, ranks
 from .papermill_line import notebook_params, output_path, refuse
 from .parallel import ALONE, Crew, named_function
 from .parameters import load_params
-from .pipeline import copies, curve_of, points_ahead
 from .problems import ParamError, Problem
-from .records import shown_path
-from .report import closing
+from .records import seeds_of, shown_path
 from .runner import hand_over, known_seconds, made_table, numbered, outdate, record_path, up_to_date, values_of
 from .stages import first_missing
 
@@ -41,6 +39,7 @@ def stage_jobs(cfg, seed:int, seeds:list, many:bool, stems # made together; whet
     "All stages of a seed that some notebooks show."
     more = f', seed {seed}' if many else ''
     if not {*stems} & {*notebooks()}: return {}
+    from rlsft_nb.pipeline import copies # only where stages are made: it brings torch along
     return {job.name: job for step, all_ in copies(cfg, seed, seeds).items() if STEPS[step].notebook in stems for which, args in all_.items()
             for job in [Job(f'{step} {which}'.strip() + more, STEPS[step].notebook, seed, STEPS[step].makes, args and (cfg, *args), step)]}
 
@@ -98,9 +97,11 @@ class Plan:
 
     def ahead(self) -> list: # of jobs that are none of the plan
         "Checkpoints of SFT that is at work, measured as they appear; the curve begins when none of these is at work."
-        busy = {j.name for j in self.at_work}
-        made = [Job(f'{j.name}: {args[0].stem}', j.notebook, j.seed, 'parallel.make_item', args, 'sft-curve', f'{curve_of(self.cfg, j.seed).path}')
-                for j in self.at_work if j.step == 'sft' for args in points_ahead(self.cfg, j.seed)]
+        busy, training = {j.name for j in self.at_work}, [j for j in self.at_work if j.step == 'sft']
+        if not training: return []
+        from rlsft_nb import pipeline
+        made = [Job(f'{j.name}: {args[0].stem}', j.notebook, j.seed, 'parallel.make_item', args, 'sft-curve', f'{pipeline.curve_of(self.cfg, j.seed).path}')
+                for j in training for args in pipeline.points_ahead(self.cfg, j.seed)]
         return [j for j in made if j.name not in busy | self.failed]
 
     def end(self, job, why=''):
@@ -200,7 +201,7 @@ def run_paper(model:str='tiny', # a file in params/
         cfg = load_params(model)
         rows, failed = run_all(model, cfg, list(range(seeds)) if seeds > 1 else [seed])
     except Problem as e: return refuse(e)
-    ends = [] if failed else closing(model)
+    ends = [] if failed or not seeds_of(cfg) else named_function('report.closing')(model) # which brings torch along
     if rows and (verbose or failed or not ends): print(made_table(rows))
     which = f'seed {seed}' if seeds == 1 else f'seeds 0 to {seeds - 1}'
     if not any(ran for *_, ran in rows) and not failed: print(f'Everything is up to date for model {model}, {which}.')

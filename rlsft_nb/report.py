@@ -178,8 +178,8 @@ def write_page(c:dict, out=None # of `content`; a file, runs/<model>/report.html
 # %% ../nbs/report.ipynb #57e2c064
 def closing(model:str, overrides:dict=None) -> list: # lines; none where nothing of the model has run
     "What a run found, and where the page is."
-    c, cfg = content(model, overrides), load_params(model, overrides)
-    if not seeds_of(cfg): return []
+    if not seeds_of(cfg := load_params(model, overrides)): return []
+    c = content(model, overrides)
     found = {e['id']: e for e in c['r']['claims']}
     first = [found[f['id']] for f in load_claims()['findings']]
     width = max(len(c['verdict']) for c in first)

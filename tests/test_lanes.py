@@ -13,7 +13,7 @@ from rlsft_nb.places import ROOT
 from rlsft_nb.stages import Stage
 from test_e2e import SMALL
 
-TINY = load_params('tiny')
+TINY, AHEAD = load_params('tiny'), pipeline.points_ahead
 
 # what begins when
 
@@ -24,7 +24,7 @@ def world(monkeypatch):
     fake = dict(sft=dict(steps=steps, log=[]), ppo=dict(log=[]), **{'sft-curve': dict(points=[dict(step=s, test={}) for s in [0, *steps]], peak=steps[2], end=steps[-1])})
     monkeypatch.setattr(Stage, 'done', property(lambda self: self.path in made))
     monkeypatch.setattr(Stage, 'results', lambda self: fake.get(self.name, {}))
-    monkeypatch.setattr(lanes, 'points_ahead', lambda cfg, seed: [])
+    monkeypatch.setattr(pipeline, 'points_ahead', lambda cfg, seed: [])
     return made
 
 def books(*seeds):
@@ -97,7 +97,7 @@ def test_a_seed_that_is_given_up(world):
 
 def test_checkpoints_are_measured_while_sft_runs(world, monkeypatch):
     plan = Plan(TINY, books(0), {})
-    monkeypatch.setattr(lanes, 'points_ahead', pipeline.points_ahead)
+    monkeypatch.setattr(pipeline, 'points_ahead', AHEAD)
     assert not plan.ahead()
     plan.at_work.append(plan.ready()[0])
     assert [j.name for j in plan.ready()][:4] == ['09_forget, seed 0', '00_game, seed 0', 'sft: step-0', 'theory-blocks']
