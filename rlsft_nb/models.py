@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as hf_logging
-from .files import make_dir, read_json, sha256_file, write_json, settle
+from .files import make_dir, read_json, seal, sha256_file, write_json
 from .intervals import cluster_interval, wilson
 from .machine import own_device
 from .parameters import load_params, models, yaml_mapping
@@ -183,7 +183,7 @@ def save_lm(lm, tok, folder) -> Path:
     make_dir(folder.parent)
     try:
         with _no_bars(): lm.save_pretrained(new); tok.save_pretrained(new)
-        for p in new.iterdir(): settle(p)
+        seal(new)
     except BaseException as e:
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(e, (OSError, SafetensorError)): raise DiskError(f'cannot write {folder}: {e}') from e

@@ -10,7 +10,7 @@ __all__ = ['FORMAT', 'LATER', 'without_later', 'Stage', 'StageLock', 'stages_use
 import errno, fcntl, hashlib, json, os, shutil, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-from .files import drop, json_value, make_dir, read_json, settle, sha256_file, write_json
+from .files import drop, intact, json_value, make_dir, read_json, settle, sha256_file, write_json
 from .machine import missing_device
 from .notices import tell_runner
 from .origins import provenance
@@ -139,9 +139,16 @@ def _told(st):
         if isinstance(e, Problem) or e.errno not in _DISK: raise
         raise DiskError(f"stage {st}: {e.filename or 'its folder'}: {e.strerror}; mend that and start it again") from e
 
+def _passing(p, folder) -> bool: return any(d.startswith(('.', 'resume', 'state-')) for d in p.relative_to(folder).parts) # states to go on from have their own check
+
+def _spoiled(folder) -> str:
+    "Weights or a checkpoint that is not as it was written, or ''."
+    cut = [p for p in folder.rglob('*.safetensors') if _cut(p)] + [p.parent for p in folder.rglob('sizes.json') if not _passing(p, folder) and not intact(p.parent)]
+    return str(cut[0].relative_to(folder)) if cut else ''
+
 def tidy(st):
-    "Before a stage is made, by whoever holds its lock: what killed processes left half-written goes, and all of it where it was done and then damaged, or weights are cut."
-    bad = st.damage() if (st.path/'done.json').is_file() else next((str(p.relative_to(st.path)) for p in st.path.rglob('*.safetensors') if _cut(p)), '')
+    "Before a stage is made, by whoever holds its lock: what killed processes left half-written goes, and all of it where it was done and then damaged, or a checkpoint is cut."
+    bad = st.damage() if (st.path/'done.json').is_file() else _spoiled(st.path)
     if bad:
         print(f'{st}: {bad} is damaged; the stage is made again', file=sys.stderr, flush=True)
         shutil.rmtree(st.path, ignore_errors=True)
@@ -157,7 +164,7 @@ def _make(st, fn):
     if not isinstance(results, dict): raise TypeError(f'stage {st}: its function returned {type(results).__name__}, expected a dict')
     write_json(st.path/'results.json', results)
     inputs = {repr(u): sha256_file(u.path/'done.json') for u in st.upstream if u.done}
-    kept = [p for p in sorted(st.path.rglob('*')) if p.suffix in ('.json', '.safetensors') and not any(d.startswith(('.', 'resume', 'state-')) for d in p.relative_to(st.path).parts)]
+    kept = [p for p in sorted(st.path.rglob('*')) if p.is_file() and p.suffix not in ('.jsonl', '.bin') and not _passing(p, st.path)]
     for p in kept: settle(p)
     write_json(st.path/'done.json', dict(stage=repr(st), seconds=round(time.monotonic() - start, 3), resumed=resumed, inputs=inputs, sizes={str(p.relative_to(st.path)): p.stat().st_size for p in kept if p.name != 'done.json'},
         results=sha256_file(st.path/'results.json'), **provenance()))

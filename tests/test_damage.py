@@ -12,7 +12,7 @@ from rlsft_nb.places import *
 from rlsft_nb.problems import *
 from rlsft_nb.stages import *
 from rlsft_nb.generation import ModelError
-from rlsft_nb.problems import CheckpointError, MatrixError
+from rlsft_nb.models import load_lm, save_lm
 from rlsft_nb.weights import Checkpoint
 
 # stages
@@ -20,15 +20,27 @@ from rlsft_nb.weights import Checkpoint
 def work(folder):
     write_json(folder/'more.json', dict(a=1))
     save_file({'w': torch.ones(4, 4)}, folder/'model.safetensors')
+    (folder/'chat_template.jinja').write_text('{% for m in messages %}{{ m }}{% endfor %}')
     return dict(n=1)
 
-@pytest.mark.parametrize('name', ['results.json', 'config.json', 'done.json', 'more.json', 'model.safetensors'])
+@pytest.mark.parametrize('name', ['results.json', 'config.json', 'done.json', 'more.json', 'model.safetensors', 'chat_template.jinja'])
 def test_a_stage_that_was_cut_is_made_again(name, capsys):
     s = run_stage(Stage('a', 'm', {}), work, {})
     assert s.done
     os.truncate(s.path/name, (s.path/name).stat().st_size//2)
     assert not s.done and s.damage() == name
     assert run_stage(s, work, {}).results() == dict(n=1) and f'm/{s.path.name}: {name} is damaged' in capsys.readouterr().err
+
+@pytest.mark.parametrize('name', ['chat_template.jinja', 'tokenizer.json', 'model.safetensors'])
+def test_a_checkpoint_that_was_cut_before_its_stage_was_done(name, capsys, pico):
+    "A template that is cut may still be one, of other prompts."
+    s, times = Stage('a', 'm', {}), []
+    def steps(folder):
+        if not (folder/'step-2').exists(): times.append(2); save_lm(*load_lm(str(pico['qwen2'])), folder/'step-2')
+        if len(times) == 1: os.truncate(folder/'step-2'/name, (folder/'step-2'/name).stat().st_size//2); raise KeyboardInterrupt
+        return {}
+    with pytest.raises(KeyboardInterrupt): run_stage(s, steps, {})
+    assert run_stage(s, steps, {}).done and times == [2, 2] and 'is damaged; the stage is made again' in capsys.readouterr().err
 
 def test_weights_that_were_taken_away_are_no_damage():
     s = run_stage(Stage('a', 'm', {}), work, {})

@@ -7,13 +7,13 @@ from packaging.requirements import Requirement
 from rlsft_nb.places import INSTALLED, PACKAGE, ROOT, shipped
 
 PARTS = ('rlsft_nb', 'params', 'settings.ini', 'setup.py', 'MANIFEST.in', 'points24.py', 'README.md', 'LICENSE', 'constraints.txt')
-LIGHT = ('parameters', 'stages', 'intervals', 'verdicts', 'parallel', 'commands', 'cli', 'solver', 'answers', 'deals', 'tricks', 'game', 'models', 'weights', 'tiny', 'matrices', 'chance', 'comparison', 'comparison_page', 'chain',
+LIGHT = ('parameters', 'stages', 'intervals', 'verdicts', 'parallel', 'commands', 'cli', 'solver', 'answers', 'deals', 'tricks', 'game', 'models', 'matrix_names', 'tensor_files', 'slices', 'weights', 'tiny', 'matrices', 'chance', 'comparison', 'comparison_page', 'chain',
          'edits', 'surgery', 'spectra', 'workbench', 'restoration', 'restore', 'graph', 'papermill_line', 'texts', 'divergence', 'forget', 'forget_page') # rooms of the game and the workbench
 
 def call(words, cwd, **env):
     "A command without this repository on its path, and without folders set for it."
     clean = {k: v for k, v in os.environ.items() if k not in ('RLSFT_RUNS', 'RLSFT_FIGURES', 'PYTHONPATH', 'IN_TEST')}
-    return subprocess.run(list(map(str, words)), cwd=cwd, env=clean | dict(OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1') | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, words)), cwd=cwd, env=clean | dict(OMP_NUM_THREADS='1') | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
 
 def done(words, cwd, **env):
     r = call(words, cwd, **env)
@@ -106,9 +106,9 @@ def test_the_command(outside, target, tmp_path):
         run = lambda *args: call([sys.executable, *words, *args], tmp_path, PYTHONPATH=str(target))
         assert run('--help').stdout.startswith('usage: rlsft COMMAND')
         assert run('game', 'solve', '3', '3', '8', '8').stdout == '8/(3-8/3)\n'
-        assert run('plan', 'tiny', '--quiet').returncode == 0
-        r = run('plan', 'tiny', '--slurm') # a script that runs notebooks
-        assert (r.returncode, r.stdout) == (1, '') and r.stderr.startswith('Problem: this runs the notebooks of the repository')
+    assert run('plan', 'tiny', '--quiet').returncode == 0
+    r = run('plan', 'tiny', '--slurm') # a script that runs notebooks
+    assert (r.returncode, r.stdout) == (1, '') and r.stderr.startswith('Problem: this runs the notebooks of the repository')
     r = call([sys.executable, '-m', 'rlsft_nb.paper'], tmp_path, PYTHONPATH=str(target))
     assert r.returncode == 2 and r.stderr.startswith('Problem: this runs the notebooks of the repository') and len(r.stderr.splitlines()) == 1
 
