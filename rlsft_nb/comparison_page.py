@@ -18,6 +18,7 @@ from .commands import parser, run
 from .drawing import BLACK, BLUE, GREEN, GREY, OKABE, PALE, PURPLE, SKY, VERMILION, caption, drawn, legend, panels, png_bytes
 from .files import atomic_write, write_json
 from .problems import ParamError
+from .matrix_names import few
 from .pages import html_image, html_list, html_page, html_table
 
 # %% ../nbs/comparison_page.ipynb #3b37616b
@@ -153,19 +154,15 @@ def fig_overview(told:dict, # label -> rows of `summary`
 def _judged(found) -> list: # records with directions that moved by more than rounding
     return [r for r in found['matrices'].values() if 'verdicts' in r and not r.get('rounded')]
 
-def _some(names, n=3) -> str:
-    names = list(map(str, names))
-    return ', '.join(names[:n]) + (f', ... ({len(names)} in all)' if len(names) > n else '')
-
 def _many(n, what) -> str: return f'{n} {what[:-1] + "ies" if what[-1] == "y" else "matrices" if what == "matrix" else what + "s"}' if n != 1 else f'1 {what}'
 
 def left_out(found:dict # from `compare`
     ) -> str:           # '' where nothing was
     "What was not compared, and why."
     left, others = found.get('left', {}), found.get('others', {})
-    said = [f"only in {x.upper()}: {_some(left[f'only_{x}'])}" for x in 'ab' if left.get(f'only_{x}')]
-    if left.get('shapes'): said.append('of another shape: ' + _some([f"{n} ({'x'.join(map(str, s))} and {'x'.join(map(str, t))})" for n, (s, t) in left['shapes'].items()]))
-    if left.get('excluded'): said.append(f"excluded: {_some(left['excluded'])}")
+    said = [f"only in {x.upper()}: {few(left[f'only_{x}'], 3)}" for x in 'ab' if left.get(f'only_{x}')]
+    if left.get('shapes'): said.append('of another shape: ' + few([f"{n} ({'x'.join(map(str, s))} and {'x'.join(map(str, t))})" for n, (s, t) in left['shapes'].items()], 3))
+    if left.get('excluded'): said.append(f"excluded: {few(left['excluded'], 3)}")
     said += [f'not readable: {why}' for why in list(found.get('unread', {}).values())[:3]]
     if len(found.get('unread', {})) > 3: said.append(f"and {len(found['unread']) - 3} more not readable")
     said += [f"{n}: rows after the first {r['compared']} ({r['a']} and {r['b']})" for n, r in left.get('rows', {}).items()]
@@ -176,7 +173,7 @@ def left_out(found:dict # from `compare`
 def headline(found) -> str: # a few sentences in one line
     "How many matrices rotated beyond chance, and what else differs."
     every, ms, others = found['matrices'], [r for r in found['matrices'].values() if r['changed']], found.get('others', {}).get('differ', [])
-    beside, out = f"{_many(len(others), 'other tensor')} differ{'s' if len(others) == 1 else ''}: {_some(others)}." if others else '', left_out(found)
+    beside, out = f"{_many(len(others), 'other tensor')} differ{'s' if len(others) == 1 else ''}: {few(others, 3)}." if others else '', left_out(found)
     count, tuned = (lambda s, v: sum(r['verdicts'][s]['verdict'] == v for r in _judged(found))), _judged(found)
     total, rounded = _many(len(every), 'matrix'), sorted({r['rounded'] for r in ms if r.get('rounded')})
     if not ms: said = f'{total}, none changed' + (f'; {beside}' if beside else '.' if out else ': both checkpoints hold the same weights.')
@@ -353,7 +350,7 @@ def chain_left(found) -> str:
     said = []
     for l in found['left']:
         n = {k: len(l[k]) for k in ('only_a', 'only_b', 'shapes', 'rows', 'excluded') if l[k]}
-        if n: said.append(f"against {l['other']}: " + ', '.join(f"{_some(l[k])} {dict(only_a='only in the first', only_b='only there', shapes='of another shape', rows='of another vocabulary', excluded='excluded')[k]}" for k in n))
+        if n: said.append(f"against {l['other']}: " + ', '.join(f"{few(l[k], 3)} {dict(only_a='only in the first', only_b='only there', shapes='of another shape', rows='of another vocabulary', excluded='excluded')[k]}" for k in n))
     said += list(found['unread'].values())
     return f"Left out: {'; '.join(said)}." if said else ''
 
