@@ -141,6 +141,8 @@ def test_runner_twice(repo):
     second = run('--model', 'tiny', '--seed', '0')
     assert second.returncode == 0 and second.stdout.splitlines()[-1] == 'Everything is up to date for model tiny, seed 0.'
     assert {p: sha(repo/p) for p in files(repo)} == before
+    light = pipe(f'''{sys.executable} -c "import sys; from rlsft_nb.lanes import run_paper; run_paper(); sys.exit('torch' in sys.modules)"''', repo)
+    assert light.returncode == 0 and 'up to date' in light.stdout, light.stderr # torch would take seconds
     (repo/'runs/tiny/records/toy.json').unlink()
     third = run()
     assert 'up to date' not in third.stdout and (repo/'runs/tiny/records/toy.json').is_file()
