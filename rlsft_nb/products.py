@@ -19,12 +19,12 @@ class _OneDNN:
     def __enter__(self): self.was, _KIND.fp32_precision = _KIND.fp32_precision, 'bf16'
     def __exit__(self, *_): _KIND.fp32_precision = self.was
 
-_KIND = torch.backends.mkldnn.matmul
+_KIND = getattr(torch.backends.mkldnn, 'matmul', None) # not there before torch 2.9
 
 @lru_cache
 def keeps_fp32() -> bool:
     "Whether oneDNN is here and multiplies fp32 numbers without rounding them first."
-    if not torch.backends.mkldnn.is_available(): return False
+    if not _KIND or not torch.backends.mkldnn.is_available(): return False
     fine = torch.full((256, 256), 1 + 2**-12) # in bf16 it is 1
     with _OneDNN(): return torch.equal(fine@torch.eye(256), fine)
 

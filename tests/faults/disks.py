@@ -1,5 +1,5 @@
 "Disks that are full, read-only, strange or taken away; two runs at once; clocks that jump."
-import contextlib, io, json, os, random, resource, shutil, subprocess, sys, threading, time
+import contextlib, io, json, os, random, resource, shlex, shutil, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 from hostile_files import forms
@@ -37,7 +37,7 @@ def works(good, at) -> dict:
             try: return f()
             except Problem as e: return 1, f'{e}\n'
         return one
-    score = f'{sys.executable} -S -c print(1)'
+    score = f'{shlex.quote(sys.executable)} -S -c print(1)'
     return dict(stage=called(stage), record=called(record), restore=lambda: _command(surgery.main, '--target', pair[0], '--reference', pair[1], '--out', at()/'restored', '--quiet'),
                 sweep=lambda: _command(surgery.main_sweep, '--target', pair[0], '--reference', pair[1], '--out', at()/'swept', '--score', score, '--strengths', '0,1', '--quiet'),
                 compare=lambda: _command(comparison_page.main, *pair, '--out', at()/'compared', '--draws', 2, '--workers', 1, '--matrices', 'layers.0.*', '--quiet'),

@@ -1,5 +1,5 @@
 "Every stage, record and command on a small model, step by step: what the campaigns of kills and of memory run."
-import contextlib, importlib, io, json, os, sys, time
+import contextlib, importlib, io, json, os, shlex, sys, time
 from pathlib import Path
 
 SMALL = dict(sft=dict(steps=6, checkpoints=[2, 4, 6], hands=16, batch=4, warmup=2, save_every=2, log_every=1, loss_hands=4), eval=dict(hands=8, val_hands=4, max_new_tokens=4), game=dict(attempts=2),
@@ -52,7 +52,7 @@ def _typed(main, *words): # a command on the checkpoints of the run
     def step(cfg, out):
         from rlsft_nb import pipeline
         from rlsft_nb.parallel import named_function
-        at = dict(out=str(out), python=sys.executable, over=json.dumps(asked), **{k: cfg.model.path if k == 'base' else str(p) for k, p in pipeline.named_with_rl(cfg).items()})
+        at = dict(out=str(out), python=shlex.quote(sys.executable), over=json.dumps(asked), **{k: cfg.model.path if k == 'base' else str(p) for k, p in pipeline.named_with_rl(cfg).items()})
         if main in REFUSE and Path(words[words.index('--out') + 1].format(**at)).exists(): return # it is whole, and these write nothing over it
         if code := named_function(main)([w.format(**at) for w in words]): sys.exit(code)
     return step
