@@ -7,7 +7,7 @@ __all__ = ['MARK', 'keep_fp32', 'gather_head', 'freeze_idle', 'gathered', 'save_
            'stream', 'options', 'resolved', 'run_on_many']
 
 # %% ../nbs/launch.ipynb #1ec02c33
-import argparse, ctypes, os, re, signal, subprocess, sys
+import argparse, ctypes, os, re, select, signal, subprocess, sys, time
 from pathlib import Path
 import psutil
 import torch
@@ -118,22 +118,33 @@ def _stop(p, patience=30.):
     for c in psutil.wait_procs(below, min(patience, 3))[1]: c.kill()
     psutil.wait_procs(below, 10); p.wait()
 
+def _end_marked(mark):
+    "Ends what a launcher that is gone has left."
+    for q in psutil.process_iter():
+        try:
+            if q.environ().get('RLSFT_LAUNCH') == mark: q.kill()
+        except (psutil.Error, OSError): pass
+
 def stream(words:list,   # a command
            out=None      # where its output goes while it runs; sys.stderr where None
     ) -> str:            # the last 10,000 characters of it
     "Runs a command to its end; `LaunchError` where it fails, and nothing left running where it is interrupted."
     die = ctypes.CDLL(None).prctl if sys.platform == 'linux' else lambda *_: None
-    env = dict(OMP_NUM_THREADS='1') | os.environ
-    p = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, env=env, preexec_fn=lambda: die(1, signal.SIGTERM))
+    mark = f'{os.getpid()}-{time.monotonic_ns()}'
+    env = dict(OMP_NUM_THREADS='1') | os.environ | dict(RLSFT_LAUNCH=mark)
+    p = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, env=env, preexec_fn=lambda: die(1, signal.SIGTERM))
     tail, out = '', out or sys.stderr
     try:
-        while chunk := p.stdout.read1(2**16):
+        while (said := select.select([p.stdout], [], [], 1)[0]) or p.poll() is None: # a launcher that was killed leaves processes that hold its pipe open
+            if not said: continue
+            if not (chunk := p.stdout.read(2**16)): break
             text = chunk.decode(errors='replace')
             tail = (tail + text)[-10_000:]
             out.write(text); out.flush()
         p.wait()
     finally:
         if p.poll() is None: _stop(p)
+        if p.returncode: _end_marked(mark)
         p.stdout.close()
     if p.returncode: raise LaunchError(_why(tail, p.returncode))
     return tail

@@ -197,6 +197,15 @@ def test_a_killed_notebook_takes_its_processes_along(tmp_path):
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE and time.monotonic() < end: time.sleep(.05)
     assert time.monotonic() < end
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere the environment of a process may not be read')
+def test_a_killed_launcher_takes_its_processes_along():
+    class Kill(io.StringIO):
+        def write(self, text): super().write(text); psutil.Process(int(text)).parent().kill()
+    out, start = Kill(), time.monotonic()
+    with pytest.raises(LaunchError, match='code -9'): stream([sys.executable, '-c', FAMILY.format(how='')], out)
+    pid = int(out.getvalue())
+    assert time.monotonic() - start < 30 and (not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
 def test_the_first_message_is_told():
     assert _why('noise\n[rank1]:stopped: ParamError: no such key\nTraceback\nRuntimeError: later', 1) == 'ParamError: no such key'
     assert _why('[default0]:x\ntorch.OutOfMemoryError: CUDA out of memory\n', 1).startswith('a launched') or 'OutOfMemory' in _why('OutOfMemoryError: CUDA out of memory\n', 1)
