@@ -77,8 +77,8 @@ class Practice(Corpus):
     def pick(self): return self.rng.choice(self.four)
 
     def tries(self, numbers, target) -> list: # of formulas
-        "Some of one's own, also the same again, or up to three that miss the target by at most `NEAR`."
-        if own := self.own.get((tuple(sorted(numbers)), target)): return self.rng.choices(own, k=self.rng.randint(0, OWN))
+        "Some of one's own, or up to three that miss the target by at most `NEAR`."
+        if own := self.own.get((tuple(sorted(numbers)), target)): return self.rng.sample(own, self.rng.randint(0, min(len(own), OWN)))
         found = [f for t, f in self.near.get(tuple(sorted(numbers)), []) if 0 < abs(t - target) <= NEAR]
         return self.rng.sample(found, min(len(found), self.rng.choices(range(4), TRIES)[0]))
 
