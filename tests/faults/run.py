@@ -1,5 +1,5 @@
 "`make faults`: every campaign at its long size, a table of what was tried and lost, and the record faults.json."
-import argparse, json, os, sys, tempfile, time
+import argparse, json, os, re, sys, tempfile, time
 from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -28,6 +28,10 @@ def tried(name, f) -> str:
     if name == 'supply': return f"{len(f.get('resolved', ()))} resolutions, {len(f.get('smoked', ()))} of them installed and run; {f['audit']['known']} pins looked up, {len(f['audit']['unsafe'])} known to be unsafe"
     return f"{f['kills']} kills ({', '.join(f'{k} {v}' for k, v in f['struck'].items())}), {sum(f['spoiled'].values())} files spoiled; {f['differ']} of {f['compared']} files differ, {f['orphans']} orphans, {f['parts']} parts left"
 
+def without_folders(text:str) -> str:
+    "What a fault says, without where this machine keeps its files."
+    return re.sub(r'''(['"])/[^'"]*/|(?<![\w.])/(?:[^\s/'"]+/)+''', r'\1', text)
+
 def table(found:dict) -> str: # of the record
     "What README quotes."
     rows = [f"| {name} | {tried(name, f)} | {f['lost']} |" for name, f in sorted(found.items())]
@@ -52,7 +56,7 @@ def main() -> int:
             f = todo[name]()
             os.environ.clear(); os.environ.update(env)
             made = provenance()
-            f |= dict(seed=o.seed, took=round(time.monotonic() - start), commit=made['commit'], dirty=made['dirty'])
+            f |= dict(faults=[without_folders(x) for x in f['faults']], seed=o.seed, took=round(time.monotonic() - start), commit=made['commit'], dirty=made['dirty'])
             lost += f['lost']
             print(f"{name:<9}lost {f['lost']:>3}  {tried(name, f)}", flush=True)
             for fault in f['faults'][:5]: print(f'         {fault[:300]}', flush=True)
