@@ -13,7 +13,8 @@ from scipy import stats
 
 from .claim_records import Untestable
 from .judging import told
-from .measures import in_percent, measure, share_measure
+from .measures import measure, share_measure
+from .paired import in_percent
 from .restoration import beating, cell_name, equal_left as left, harms, kept_gain, layer_groups
 
 # %% ../nbs/measures_restore.ipynb #999bdd20

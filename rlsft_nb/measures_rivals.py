@@ -13,7 +13,8 @@ from scipy import stats
 from .chain import stray
 from .claim_records import Untestable
 from .judging import told
-from .measures import difference, in_percent, measure, share_measure
+from .measures import measure, share_measure
+from .paired import difference, in_percent
 from .measures_restore import contest
 from .models import clusters
 from .places import shipped_names

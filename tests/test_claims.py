@@ -9,7 +9,7 @@ from rlsft_nb.sweep import gain_order
 from rlsft_nb.answers import OUTCOMES
 from rlsft_nb.claims import heading, judge_claims, load_claims, table, tally, to_markdown
 from rlsft_nb.judging import VERDICTS, over_seeds
-from rlsft_nb.measures import difference
+from rlsft_nb.paired import difference
 from rlsft_nb.power import needed, needed_paired, newcombe, own_numbers
 from rlsft_nb.records import records_dir, seeds_of
 from rlsft_nb.files import write_json
