@@ -44,6 +44,7 @@ STEPS = {
     'compare':           Step('compare', ('sft-named', 'ppo-score', 'compare-arm'), 'compare.compare_stage'),
     'repairs':           Step('repairs', (), 'repairs.repairs_stage'),
     'relearn':           Step('relearning', ('sft-curve', 'ppo'), 'relearning.relearn_stage'),
+    'heal':              Step('healing', ('sft-curve',), 'healing.heal_stage', 'ppo'),
     'regimes':           Step('regimes', (), 'regimes.regimes_stage', 'sft'),
     'ability':           Step('ability', ('sft-curve', 'ppo'), 'pipeline.ability_stage', 'score')}
 

@@ -46,7 +46,7 @@ def test_the_table_is_whole():
 
 def test_notebooks_stand_in_the_order_of_the_graph():
     assert all(need < nb for nb, needs in notebooks().items() for need in needs if nb[0].isdigit())
-    assert readers('02_sft') == {'03_ppo', '04_spectra', '05_restore', '06_theory', '07_claims', '08_explore', 'ability', 'compare', 'relearning'} and readers('01_models') == set()
+    assert readers('02_sft') == {'03_ppo', '04_spectra', '05_restore', '06_theory', '07_claims', '08_explore', 'ability', 'compare', 'healing', 'relearning'} and readers('01_models') == set()
     assert sources('06_theory') == ['03_ppo'] and sources('02_sft') == [] and weights('05_restore') == ['restore']
 
 def test_a_stage_reads_what_the_graph_says():
