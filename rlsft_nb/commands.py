@@ -144,7 +144,7 @@ def _plan(p):
     _shared(p)
 
 def _bench(p):
-    p.add_argument('name', choices=('game', 'game-long', 'sft', 'restore', 'spectra', 'ppo', 'limits', 'scale'), help='what to measure')
+    p.add_argument('name', choices=('game', 'game-long', 'restore', 'spectra', 'sft', 'ppo', 'limits', 'scale'), help='what to measure')
     p.add_argument('--json', metavar='FILE', nargs='?', const=True, default=False, help='write rows and ratios to FILE; without FILE print them as one JSON object and nothing else')
     p.add_argument('--quiet', action='store_true', help='print nothing but errors')
 

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings, strategies as st
 from rlsft_nb import game, hand_files, verifier
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from rlsft_nb.bench import BENCHES, brute_force, main as bench_main, second_opinion as exact, tried, verify_before
+from rlsft_nb.bench import BENCHES, main as bench_main
+from rlsft_nb.speed_game import brute_force, second_opinion as exact, tried, verify_before
 from rlsft_nb.deals import ANY, deck_of, makes, targets_of
 from rlsft_nb.solver import forget, whole
 from rlsft_nb.tricks import FORMULAS, audit, cases
