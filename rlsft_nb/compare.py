@@ -9,7 +9,8 @@ __all__ = ['GROUP', 'MICRO', 'ARMS', 'expert_trace', 'sft_rows', 'only_correct',
 # %% ../nbs/compare.ipynb #630cfabb
 from pathlib import Path
 
-from .intervals import mcnemar
+from .paired import difference
+from .recovery import holm
 from .notices import progress
 from .parallel import map_items, threads
 from .stages import Stage, run_stage
@@ -170,15 +171,11 @@ def fig_compare(result:dict, # results of `compare_stage`
 # %% ../nbs/compare.ipynb #374427ca
 def verdicts(result:dict, by:dict) -> list: # `by` from `clusters`; rows of `verdict_table`
     "Turn-level PPO against every other arm, out of distribution, and against its start."
-    hits = lambda rec: [*map(int, rec['hits'])]
     ours = result['arms']['turn']['scores']
     others = dict(start=result['start']) | {a: r['scores'] for a, r in result['arms'].items() if a != 'turn'}
-    rows = []
-    for name, rec in others.items():
-        a, b, label = rec['OOD'], ours['OOD'], ARMS.get(name, 'its start')
-        p, gain = mcnemar(hits(a), hits(b), by['OOD'])['p'], b['first']['rate'] - a['first']['rate']
-        here = f"OOD {b['first']['rate']:.1%} against {a['first']['rate']:.1%}; ID {ours['ID']['first']['rate']:.1%} against {rec['ID']['first']['rate']:.1%}"
-        verdict = 'within noise' if p >= .01 else 'holds' if gain > 0 else 'fails'
-        rows.append(dict(claim=f'PPO, turn-level, is better than {label}', paper='not compared', here=here, n=a['n'],
-                         interval=(a['first']['lo'], a['first']['hi']), null=f'McNemar p = {p:.2g}', verdict=verdict))
-    return rows
+    tests = [difference(rec['OOD'], ours['OOD'], by['OOD']) for rec in others.values()]
+    def row(name, rec, gain, p):
+        here = f"OOD {ours['OOD']['first']['rate']:.1%} against {rec['OOD']['first']['rate']:.1%}; ID {ours['ID']['first']['rate']:.1%} against {rec['ID']['first']['rate']:.1%}"
+        verdict = 'within noise' if p >= .01 else 'holds' if gain['value'] > 0 else 'fails'
+        return dict(claim=f"PPO, turn-level, is better than {ARMS.get(name, 'its start')}", paper='not compared', here=here, n=gain['n'], interval=(gain['lo'], gain['hi']), null=f"McNemar p = {p:.2g}, Holm", verdict=verdict)
+    return [row(name, rec, t, p) for (name, rec), t, p in zip(others.items(), tests, holm([t['p'] for t in tests]))]

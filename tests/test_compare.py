@@ -108,11 +108,15 @@ def test_all_arms_are_made_once_from_one_start(pico):
     fig = fig_compare(r, 'title')
     assert [len(a.patches) for a in fig.axes] == [7, 7] # six arms and the band of the start
 
-def record(rate, n=200): return dict(n=n, hits='1'*int(rate*n) + '0'*(n - int(rate*n)), first=dict(rate=rate, lo=0., hi=1.))
+def record(rate, n=200): return dict(n=n, multisets=n, hits='1'*int(rate*n) + '0'*(n - int(rate*n)), first=dict(rate=rate, lo=0., hi=1.))
 def scores(ood): return dict(OOD=record(ood), ID=record(.5))
 
 def test_verdicts_follow_their_thresholds():
     result = dict(start=scores(.1), arms={a: dict(scores=scores(v)) for a, v in dict(turn=.4, token=.39, grpo=.6, own=.2, expert=.4, sft=.05).items()})
     rows = verdicts(result, dict(OOD=range(200), ID=range(200)))
     assert [r['verdict'] for r in rows] == ['holds', 'within noise', 'fails', 'holds', 'within noise', 'holds']
+    one = result | dict(arms={a: dict(scores=scores(v)) for a, v in dict(turn=.4, token=.3575, grpo=.4, own=.4, expert=.4, sft=.4).items()})
+    p = 2*.5**9 # nine hands differ, all one way
+    rows_ = verdicts(one, dict(OOD=range(200), ID=range(200)))
+    assert [r['verdict'] for r in rows_] == ['holds', 'within noise', *['within noise']*4] and rows_[1]['null'] == f'McNemar p = {5*p:.2g}, Holm' and p < .01 < 5*p # alone it would hold
     assert rows[0]['claim'] == 'PPO, turn-level, is better than its start' and rows[4]['claim'].endswith("SFT on experts, RL's hands")
