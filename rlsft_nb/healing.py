@@ -114,9 +114,10 @@ def fig_healing(found:dict, # results of `heal_stage`
                 if start == 'end': rates(ax, [float(d) for d in points], [p[cell]['first'] for p in points.values()], color, '' if arm == 'rl' else f'SFT end, {what}', marker, ls)
             elif arm == 'rl': rates(ax, [float(d) for d in points], [p[cell]['first'] for p in points.values()], color, name, marker, ls)
         ax.set(xlabel='dose of RL (1: as for figure 1)')
-        accuracy_axis(ax, f'{cell} accuracy (%)' + (' from the SFT end' if ax is axes[-1] and arms else ''))
+        accuracy_axis(ax, f'{cell} accuracy (%)')
+    if arms: axes[-1].set_title('arms, from the SFT end')
     legend(fig)
     gain = {k.partition(',')[0]: 100*(r['scores']['1']['OOD']['first']['rate'] - r['scores']['0']['OOD']['first']['rate']) for k, r in found['runs'].items() if k.endswith(', rl')}
     n = next(iter(found['runs'].values()))['scores']['0']['OOD']['n']
-    caption(fig, 'RL changes OOD accuracy by ' + ', '.join(f'{v:+.1f} ({STARTS[s][1]})' for s, v in gain.items()) + ' points', f'{title}; n = {n:,} hands a cell, first answer, greedy; {INTERVALS}')
+    caption(fig, 'OOD points by RL: ' + ', '.join(f'{v:+.1f} {STARTS[s][1]}' for s, v in gain.items()), f'{title}; n = {n:,} hands a cell, first answer, greedy; {INTERVALS}')
     return fig
