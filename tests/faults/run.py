@@ -11,12 +11,12 @@ from rlsft_nb.files import write_json
 
 SIZES = dict(files=1000, texts=1000, generated=1_000_000, mutated=200_000, disks=100, kills=200, loops=50)
 
-def campaigns(n:dict, seed:int, folder, pico, minutes:float) -> dict: # name -> function
+def campaigns(n:dict, seed:int, folder, pico, minutes:float, advisories='') -> dict: # name -> function
     "Every campaign; `n` as `SIZES`."
     return dict(files=lambda: hostile_files.campaign(n['files'], seed, folder/'files', pico).figures(), texts=lambda: hostile_texts.campaign(n['texts'], seed, folder/'texts').figures(),
                 answers=lambda: hostile_answers.campaign(n['generated'], n['mutated'], seed), disks=lambda: disks.campaign(n['disks'], seed, folder/'disks', pico),
                 kills=lambda: kills.campaign(n['kills'], seed, folder/'kills', pico, seconds=minutes*60),
-                memory=lambda: memory.campaign(folder/'memory', pico), longuse=lambda: longuse.campaign(n['loops'], seed, folder/'longuse'), supply=lambda: supply.campaign(folder/'supply'))
+                memory=lambda: memory.campaign(folder/'memory', pico), longuse=lambda: longuse.campaign(n['loops'], seed, folder/'longuse'), supply=lambda: supply.campaign(folder/'supply', advisories))
 
 def tried(name, f) -> str:
     "What a campaign did, in a few words."
@@ -25,7 +25,7 @@ def tried(name, f) -> str:
     if name == 'disks': return f"{f['full']} full, {f['limited']} limited, {f['read_only']} read-only, {f['slow']} slow, {f['places']} strange paths, {f['vanished']} vanished, {f['races']} races, {f['jumps']} clocks"
     if name == 'memory': return f"{f['tried']} stages with too little memory, {f['enough']} with enough"
     if name == 'longuse': return f"{f['loops']} runs of make paper, {f.get('kills', 0)} struck"
-    if name == 'supply': return f"{len(f.get('resolved', ()))} resolutions, {len(f.get('smoked', ()))} of them installed and run; {f['audit']['known']} pins looked up, {len(f['audit']['unsafe'])} known to be unsafe"
+    if name == 'supply': return f"{len(f.get('resolved', ()))} resolutions, {len(f.get('smoked', ()))} of them installed and run; {f['audit']['known']} pins looked up, {len(f['audit']['unsafe'])} known to be unsafe" + (f"; {a['read']} advisories of {a['packages']} of {a['pins']} pins read, {len(a['unsafe'])} of a pinned version" if (a := f.get('advised')) else '')
     return f"{f['kills']} kills ({', '.join(f'{k} {v}' for k, v in f['struck'].items())}), {sum(f['spoiled'].values())} files spoiled; {f['differ']} of {f['compared']} files differ, {f['orphans']} orphans, {f['parts']} parts left"
 
 def without_folders(text:str) -> str:
@@ -42,6 +42,7 @@ def main() -> int:
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--share', type=float, default=1., help='of the long sizes, such as 0.1')
     p.add_argument('--minutes', type=float, default=600., help='most that the kills may take')
+    p.add_argument('--advisories', default='', help='a checkout of github.com/pypa/advisory-database, for the pins where there is no network')
     p.add_argument('--only', default='', help='campaigns, separated by commas')
     p.add_argument('--out', default=str(ROOT/'figures'/'faults.json'))
     o = p.parse_args()
@@ -49,7 +50,7 @@ def main() -> int:
     out, lost = Path(o.out), 0
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
-        todo, env = campaigns(n, o.seed, d, small_model(d/'pico'), o.minutes), dict(os.environ)
+        todo, env = campaigns(n, o.seed, d, small_model(d/'pico'), o.minutes, o.advisories), dict(os.environ)
         for name in o.only.split(',') if o.only else todo:
             (d/{'answers': 'x'}.get(name, name)).mkdir(exist_ok=True)
             start = time.monotonic()

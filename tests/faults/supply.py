@@ -1,7 +1,10 @@
 "The lowest and the newest allowed versions of what is installed: resolved for each Python, installed and run for the oldest and the newest; and the pins set against what is known to be unsafe."
-import json, os, shutil, subprocess
+import json, os, re, shutil, subprocess
 from configparser import ConfigParser
 from pathlib import Path
+import yaml
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from rlsft_nb.places import ROOT
 
 PYTHONS, WAYS = ('3.10', '3.11', '3.12', '3.13', '3.14'), ('lowest-direct', 'highest')
@@ -50,9 +53,33 @@ def audited(folder) -> dict:
     except (ValueError, KeyError): return dict(known=0, unsafe=[], why=p.stderr.strip()[-200:])
     return dict(known=sum('vulns' in d for d in found), unknown=[d['name'] for d in found if 'vulns' not in d], unsafe=[f"{d['name']} {d['version']}: {v['id']}" for d in found for v in d.get('vulns', ())])
 
-def campaign(folder) -> dict:
+def holds(events:list, version:str) -> bool: # of a range; as the OSV schema has it
+    "Whether an advisory's range has a version in it."
+    inside = False
+    for kind, at in (kv for e in events for kv in e.items()):
+        if kind == 'introduced': inside |= at == '0' or Version(version) >= Version(at)
+        elif kind == 'fixed': inside &= Version(version) < Version(at)
+        elif kind == 'last_affected': inside &= Version(version) <= Version(at)
+    return inside
+
+def advised(folder) -> dict: # read: advisories of pinned packages; packages that have some; unsafe: pins that one of them names
+    "The pins beside a checkout of github.com/pypa/advisory-database, which needs no network."
+    pins = {canonicalize_name(l.split('==')[0]): l.split('==')[1].split(';')[0].strip() for l in (ROOT/'constraints.txt').read_text().splitlines() if re.match(r'[\w.-]+==', l)}
+    read, unsafe = {}, []
+    for p in sorted(Path(folder).glob('vulns/*/*.yaml')):
+        name = canonicalize_name(p.parent.name)
+        if name not in pins: continue
+        told = yaml.safe_load(p.read_text())
+        if 'withdrawn' in told: continue
+        read[name] = read.get(name, 0) + 1
+        mine = [a for a in told.get('affected', ()) if canonicalize_name(a['package']['name']) == name]
+        if any(pins[name] in a.get('versions', ()) or any(holds(r['events'], pins[name]) for r in a.get('ranges', ()) if r['type'] == 'ECOSYSTEM') for a in mine): unsafe.append(f"{name} {pins[name]}: {told['id']}")
+    return dict(read=sum(read.values()), packages=len(read), pins=len(pins), unsafe=unsafe)
+
+def campaign(folder, advisories='') -> dict: # a checkout of the advisories, where there is no network
     "Every Python and both ways, and the audit; the ends are installed and run."
     f = dict(resolved={}, smoked={}, lost=0, faults=[], audit=audited(folder))
+    if advisories: f['advised'] = advised(advisories)
     if not shutil.which('uv'): return f | dict(lost=1, faults=['uv is not installed: pip install uv pip-audit'])
     for python in PYTHONS:
         for way in WAYS:
@@ -62,5 +89,5 @@ def campaign(folder) -> dict:
     for python, way in SMOKED:
         why = f['smoked'][f'{python} {way}'] = smoked(python, way, folder)
         if why: f['faults'].append(f'Python {python}, {way}, run: {" ".join(why.split())}')
-    f['faults'] += f['audit']['unsafe']
+    f['faults'] += f['audit']['unsafe'] + f.get('advised', {}).get('unsafe', [])
     return f | dict(lost=len(f['faults']))

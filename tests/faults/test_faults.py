@@ -98,6 +98,20 @@ def test_pins_lie_within_the_bounds():
             name = r.name.lower().replace('_', '-')
             assert name in pins and r.specifier.contains(pins[name]), f'{r}: pinned {pins.get(name)}'
 
+@pytest.mark.parametrize('events, inside', [([{'introduced': '0'}], True), ([{'introduced': '0'}, {'fixed': '2.0'}], False), ([{'introduced': '2.13'}], True), ([{'introduced': '3'}], False),
+                                            ([{'introduced': '0'}, {'last_affected': '2.12.9'}], False), ([{'introduced': '0'}, {'fixed': '1.0'}, {'introduced': '2.13.0'}, {'fixed': '2.13.1'}], True)])
+def test_advisories_that_name_a_pin(tmp_path, events, inside, monkeypatch):
+    import supply
+    monkeypatch.setattr(supply, 'ROOT', tmp_path)
+    (tmp_path/'constraints.txt').write_text('# comment\ntorch==2.13.0\nPy_YAML==6.0 ; python_version < "4"\n')
+    advisory = lambda name, about, **more: dict(id=name, affected=[dict(package=dict(name=about, ecosystem='PyPI'), **more)])
+    told = [('torch', advisory('A', 'torch', ranges=[dict(type='ECOSYSTEM', events=events)])), ('torch', advisory('B', 'torch', ranges=[dict(type='GIT', events=[{'introduced': '0'}])])), ('other', advisory('C', 'other', versions=['2.13.0'])),
+            ('py-yaml', advisory('D', 'py.yaml', versions=['6.0'])), ('torch', advisory('E', 'torch', versions=['2.13.0']) | dict(withdrawn='2024-01-01T00:00:00Z'))]
+    for at, a in told:
+        (tmp_path/'vulns'/at).mkdir(parents=True, exist_ok=True)
+        (tmp_path/'vulns'/at/f"{a['id']}.yaml").write_text(json.dumps(a))
+    assert supply.advised(tmp_path) == dict(read=3, packages=2, pins=2, unsafe=['py-yaml 6.0: D'] + ['torch 2.13.0: A']*inside)
+
 def test_readme_quotes_the_published_campaigns():
     from run import table, without_folders
     from rlsft_nb.files import read_json
