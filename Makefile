@@ -49,7 +49,7 @@ bundle: $(READY)
 test: hooks
 	@export OMP_NUM_THREADS=1; $(BIN)/nbdev_test --n_workers 2 2>&1 | tee .venv/nbdev_test.log
 	@if grep -q 'No files were eligible' .venv/nbdev_test.log; then echo 'nbdev_test found no notebook'; exit 1; fi
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=15 -n 2 tests
 
 faults: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py --share $(or $(SHARE),1)

@@ -1,5 +1,6 @@
 "The embedded base: its tokenizer, its corpus, and that the shipped weights are what their record says."
-import collections, random, re
+import collections, itertools, random, re
+from pathlib import Path
 import pytest, torch
 from hypothesis import given, strategies as st
 from rlsft_nb.files import read_json, sha256_file
@@ -126,7 +127,7 @@ def test_shipped_base_reaches_the_mark():
 # the base that calculates
 
 def test_digits_keep_their_pairs_and_multisets_apart():
-    from rlsft_nb.digits import Practice, kept_pair, pairs, plainness
+    from rlsft_nb.practice import Practice, kept_pair, pairs, plainness
     four, kept = pairs(4), set(multisets('kept'))
     assert not any(m in kept or kept_pair(m, t) for m, t, _ in four) and len({(m, t) for m, t, _ in four}) == len(four) == 54640
     assert all(evaluate(f)[1] == t and sorted(map(int, re.findall(r'\d+', f))) == sorted(m) for m, t, f in random.Random(0).sample(four, 300))
@@ -143,56 +144,64 @@ def test_digits_spell_numbers_and_the_record_is_of_the_weights_that_ship():
     r = read_json(shipped('digits')/'provenance.json')
     assert r['sha256'] == sha256_file(shipped('digits')/'model.safetensors') and set(r['abilities']) == {f'{a} {b}' for a in ('ID', 'OOD') for b in ('known', 'pair kept out', 'multiset kept out')}
 
-def test_a_chain_of_operations_is_the_formula_it_came_from():
-    from rlsft_nb.digits import pairs, steps, tried
-    for m, t, f in random.Random(1).sample(pairs(4) + pairs(3), 400):
-        back = tried(steps(f), random.Random(t).sample(m, len(m)))
-        assert evaluate(back)[1] == t and sorted(map(int, re.findall(r'\d+', back))) == sorted(m) and sorted(steps(back).split()) == sorted(steps(f).split())
-    assert [tried(c, (13, 10, 9, 6)) for c in ('13-10=3 3*9=27', '13-10=4 4*9=36 36+6=42', '13-10=3 3*8=24 24+6=30', '6/0=1', '', 'so')] == ['']*6
+def test_reach_has_every_value_that_formulas_make():
+    from rlsft_nb.practice import reach
+    for m in ((4,), (3, 8), (2, 2, 7), (1, 5, 11, 12), (5, 5, 5, 5)):
+        whole = {v for v in reach(m) if type(v) is int}
+        assert {t for t in range(1, 101) if solve(m, t)} == {v for v in whole if 1 <= v <= 100} and min(reach(m)) >= 0
 
-def test_only_the_last_try_is_learned():
-    from rlsft_nb.digits import Practice, steps
-    tok, pair = make_tokenizer(words=False), ((4, 6, 8, 8), 24)
-    class Mine(Practice):
-        def pick(self): return *pair, '(8-4)*6*8/8'
-    c, aside, own = Mine(0, {pair: ['8+8+6+4', '(8+8)*6/4']}), collections.Counter(), {steps('8+8+6+4'), steps('(8+8)*6/4')}
-    for _ in range(300):
-        chat = [t for t in c.chat() if '-4=4' in t[1] and t[0] == 'assistant' and t[2]]
-        for _, text, counted in chat:
-            ids, labels = encode_chat(tok, [('assistant', text, counted)])
-            learned = tok.decode([l for l in labels if l >= 0])
-            assert ids[1:] == tok(text + '<|end|>')['input_ids'] and steps('(8-4)*6*8/8') in learned and not any(o in learned for o in own)
-            aside[sum(o in text for o in own)] += 1
-    assert set(aside) == {0, 1, 2} and min(aside.values()) > 20
+def test_a_search_is_honest_and_in_order_and_keeps_what_is_kept():
+    from rlsft_nb.practice import kept_pair, pairs, search
+    rng, tries = random.Random(1), collections.Counter()
+    for m, t, _ in rng.sample(pairs(4) + pairs(3), 400):
+        numbers = tuple(rng.sample(m, len(m)))
+        said, _, formula = search(numbers, t).partition(' so ')
+        assert evaluate(formula)[1] == t and sorted(map(int, re.findall(r'\d+', formula))) == sorted(m)
+        order = [sorted(p) for p in itertools.combinations(numbers, 2)]
+        begins = []
+        for chain in said.split(', '):
+            ops = chain.split(' ')
+            for op in ops: # each is true
+                made, _, v = op.partition('=')
+                sign = next(s for s in '+-*/' if any(eval_exact(f'({x}){s}({y})') == eval_exact(v) for x, _, y in [made.partition(s)] if x and y))
+            begins.append(sorted(map(int, re.match(r'(\d+)[-+*/](\d+)=', ops[0]).groups())))
+            ends = eval_exact(ops[-1].partition('=')[2])
+            assert (ends == t) is (chain == said.split(', ')[-1]) and (ends == t or not kept_pair(m, ends)) and len(ops) == len(m) - 1
+        assert [order.index(b) for b in begins] == sorted(order.index(b) for b in begins) and len({*map(tuple, begins)}) == len(begins)
+        tries[len(begins)] += 1
+    assert tries[1] > 150 and sum(tries.values()) - tries[1] > 50
+    with pytest.raises(ValueError, match='nothing makes 24'): search((1, 1, 1, 1), 24)
 
-def test_own_tries_are_wrong_guesses_of_the_network():
-    from rlsft_nb.digits import own_tries, steps
-    lm, tok = load_lm(str(shipped('digits')))
-    asked = [((3, 5, 9, 13), 24), ((1, 2, 3, 4), 10)]
-    found = own_tries(lm, tok, asked, samples=6, seed=1)
-    assert found == own_tries(lm, tok, asked, samples=6, seed=1) and 0 < sum(map(len, found)) <= 12
-    for (m, t), fs in zip(asked, found):
-        assert len(fs) == len(set(fs)) and all(evaluate(f)[1] != t and sorted(map(int, re.findall(r'\d+', f))) == sorted(m) for f in fs)
+def test_a_hand_in_plain_words_searches_with_the_numbers_that_it_read():
+    from rlsft_nb.practice import Practice
+    c = Practice(4)
+    found = [x for x in (c.chat() for _ in range(300)) if len(x) == 2 and ' so ' in x[1][1] and x[0][1].startswith('Cards')]
+    for (_, asked, _), (_, said, counted) in found:
+        listed, _, worked = said.removeprefix('numbers ').partition(' : ')
+        formula, _, target = worked.partition(' so ')[2].partition('=')
+        assert counted is True and evaluate(formula)[1] == int(target) and sorted(re.findall(r'\d+', formula)) == sorted(listed.split()) and asked.endswith(f'reach {target}.')
+    assert len(found) > 10
 
-def test_the_command_goes_on_from_what_it_packed(tmp_path, monkeypatch, capsys):
+def test_the_command_makes_a_base_lesson_by_lesson(tmp_path, monkeypatch, capsys):
     from rlsft_nb import digits
     asked = []
     def few_steps(folder, steps, seed, corpus, tok, start, **how):
-        asked.append((steps, seed, start, corpus.own, how['peak']))
+        asked.append((type(corpus).__name__, steps, seed, Path(start).parent.name, how['peak']))
         return pretrain(folder, 2, seed, size=2, corpus=corpus, tok=tok, start=start, **({} if start else dict(width=64, layers=1)))
     monkeypatch.setattr(digits, 'pretrain', few_steps)
     monkeypatch.setattr(digits, 'abilities', lambda *lm: dict(here=dict(rate=.5)))
-    assert digits.main(['--out', str(tmp_path/'a'), '--afresh', '--words', '--seed', '3', '--steps', '7']) == 0
+    for _ in range(2): assert digits.main(['--out', str(tmp_path/'a'), '--words', '--seed', '3']) == 0
+    assert asked == [('Formulas', digits.LESSONS['formulas'][1], 3, '', 1.5e-3), ('Practice', digits.LESSONS['practice'][1], 3, 'formulas', 1e-3)] # each once
     packed = tmp_path/'a'/'packed'
-    first = read_json(packed/'provenance.json')
-    assert first['seed'] == 3 and first['start'] is None and len(load_lm(str(packed))[1]('100')['input_ids']) == 1 and first['sha256'] == sha256_file(packed/'model.safetensors')
-    for _ in range(2): assert digits.main(['--out', str(tmp_path/'b'), '--start', str(packed), '--pairs', '3', '--peak', '1e-4']) == 0
-    again = read_json(tmp_path/'b'/'packed'/'provenance.json')
-    assert again['start']['sha256'] == first['sha256'] and again['seed'] == 3 and [p.name for p in (tmp_path/'b'/'tries').iterdir()] == ['0.json']
-    assert [(*a[:3], a[4]) for a in asked] == [(7, 3, '', 5e-4)] + [(20000, 3, str(packed), 1e-4)]*2 and asked[0][3] == {} and capsys.readouterr().out.count("{'here': 0.5}") == 3
+    r = read_json(packed/'provenance.json')
+    assert r['seed'] == 3 and {*r['lessons']} == {'formulas', 'practice'} and r['lessons']['practice']['step'] == 2 and r['sha256'] == sha256_file(packed/'model.safetensors')
+    lm, tok = load_lm(str(packed))
+    assert len(tok('100')['input_ids']) == 1 and capsys.readouterr().out.count("{'here': 0.5}") == 2
+    last, _ = load_lm(str(tmp_path/'a'/'practice'/'base'))
+    assert torch.equal(lm.lm_head.weight.float(), last.lm_head.weight.bfloat16().float())
 
 def test_training_goes_on_from_given_weights(tmp_path):
-    from rlsft_nb.digits import Practice
+    from rlsft_nb.practice import Practice
     tok = make_tokenizer(words=False)
     first = pretrain(tmp_path/'a', 10, size=4, width=64, layers=1, corpus=Practice(0), tok=tok, save=2)
     more = pretrain(tmp_path/'b', 5, size=4, corpus=Practice(1), tok=tok, start=str(tmp_path/'a'/'base'), peak=1e-9, save=2)
