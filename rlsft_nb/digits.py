@@ -13,7 +13,7 @@ import torch
 
 from .files import read_json, sha256_file, write_json
 from .game import multisets
-from .models import load_lm, save_lm
+from .models import load_lm, load_tok, save_lm
 from .origins import provenance
 from .practice import Formulas, Practice, kept_pair
 from .products import keeps_fp32, products
@@ -35,38 +35,46 @@ def abilities(lm, tok, n:int=400) -> dict: # 'ID known', 'ID pair kept out', ...
     return out
 
 # %% ../nbs/digits.ipynb #16b4f66f
-LESSONS = dict(formulas=(Formulas, 14_000, 1.5e-3), practice=(Practice, 5_000, 1e-3)) # corpus, optimizer steps, rate after warm-up
+LESSONS = dict(formulas=(Formulas, 14_000, 1.5e-3), practice=(Practice, 4_500, 1e-3)) # corpus, optimizer steps, rate after warm-up
 
-def make_base(folder, seed:int=0, words:bool=False, lessons:dict=LESSONS) -> Path: # folder of the last weights
+def make_base(folder, seed:int=0, words:bool=False,
+              start='' # folder of a base that has had the first lesson, and is not given it again
+    ) -> Path:         # folder of the last weights
     "The base of a seed, lesson by lesson; what is there already is not made again."
-    tok, start = make_tokenizer(words=words), ''
+    tok = load_tok(str(start)) if start else make_tokenizer(words=words)
     with products('onednn' if keeps_fp32() else 'torch'):
-        for i, (name, (corpus, steps, peak)) in enumerate(lessons.items()):
+        for i, (name, (corpus, steps, peak)) in enumerate(LESSONS.items()):
+            if start and not i: continue
             at = Path(folder)/name
-            if not (at/'pretrain.json').exists(): pretrain(at, steps, seed, size=64, corpus=corpus(seed*1000 + 500 + i), tok=tok, start=start, peak=peak, save=500)
-            start = str(at/'base')
-    return Path(start)
+            if not (at/'pretrain.json').exists(): pretrain(at, steps, seed, size=64, corpus=corpus(seed*1000 + 500 + 100*i), tok=tok, start=str(start), peak=peak, save=500)
+            start = at/'base'
+    return start
 
 # %% ../nbs/digits.ipynb #d8a3f32e
-def pack(folder, to, seed:int) -> dict: # of `make_base`; where the base goes; of corpus and initial weights; the provenance record
+def pack(base,  # folder, as `make_base` returns it
+         to,    # where the base goes
+         seed:int, start:dict=None # of corpus and initial weights; provenance of what it went on from
+    ) -> dict:  # the provenance record
     "Writes the base as bf16 with its record."
-    folder, to = Path(folder), Path(to)
-    lm, tok = load_lm(str(folder/list(LESSONS)[-1]/'base'), dtype='bfloat16')
+    lm, tok = load_lm(str(base), dtype='bfloat16')
     save_lm(lm, tok, to)
-    logs, found = {n: read_json(folder/n/'pretrain.json') for n in LESSONS}, abilities(*load_lm(str(to)))
-    made = dict(seed=seed, vocabulary=len(tok), parameters=sum(p.numel() for p in lm.parameters()), lessons=logs, abilities=found, sha256=sha256_file(to/'model.safetensors'))
-    return read_json(write_json(to/'provenance.json', made | {k: v for k, v in provenance().items() if k in ('commit', 'versions', 'cpu')}))
+    logs = {p.parent.name: read_json(p) for p in sorted(Path(base).parent.parent.glob('*/pretrain.json'))}
+    made = dict(seed=seed, start=start and {k: v for k, v in start.items() if k in ('sha256', 'steps', 'tokens', 'start', 'lessons')}, lessons=logs, vocabulary=len(tok), parameters=sum(p.numel() for p in lm.parameters()),
+                abilities=abilities(*load_lm(str(to))), sha256=sha256_file(Path(to)/'model.safetensors'))
+    return read_json(write_json(Path(to)/'provenance.json', made | {k: v for k, v in provenance().items() if k in ('commit', 'versions', 'cpu')}))
 
 def main(argv:list=None) -> int: # exit code
-    "Makes a base that calculates, from random weights."
+    "Makes a base that calculates."
     p = argparse.ArgumentParser(prog='python -m rlsft_nb.digits', description=main.__doc__)
     p.add_argument('--out', required=True, help='folder of the states, the losses and the base')
     p.add_argument('--seed', type=int, default=0, help='of corpus and initial weights (default: 0)')
     p.add_argument('--words', action='store_true', help='numbers from 10 to 100 are single tokens, not spelled in digits')
+    p.add_argument('--start', default='', help='folder of a packed base that goes on with the second lesson (default: from random weights)')
     a = p.parse_args(argv)
     torch.set_num_threads(1)
-    make_base(a.out, a.seed, a.words)
-    print({k: round(v['rate'], 3) for k, v in pack(a.out, Path(a.out)/'packed', a.seed)['abilities'].items()})
+    before = read_json(Path(a.start)/'provenance.json') if a.start else None
+    found = pack(make_base(a.out, a.seed, a.words, a.start), Path(a.out)/'packed', a.seed, before)['abilities']
+    print({k: round(v['rate'], 3) for k, v in found.items()})
     return 0
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__

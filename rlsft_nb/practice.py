@@ -60,8 +60,8 @@ def operations(a, b) -> list: # of (operation as it is written, result, plainnes
     "What two numbers make without going below zero, the larger first."
     a, b = max(a, b), min(a, b)
     out = [(a, '+', b, a + b), (a, '-', b, a - b), (a, '*', b, a*b)]
-    out += [(x, '/', y, exact(Fraction(x)/y)) for x, y in dict.fromkeys([(a, b), (b, a)]) if y]
-    return [(f'{x}{sign}{y}={v}', v, PLAIN[sign]) for x, sign, y, v in out]
+    out += [(x, '/', y, Fraction(x)/y) for x, y in dict.fromkeys([(a, b), (b, a)]) if y]
+    return [(f'{x}{sign}{y}={v}', exact(v), PLAIN[sign]) for x, sign, y, v in out]
 
 def without(numbers:tuple, a, b) -> tuple:
     "The numbers but these two."

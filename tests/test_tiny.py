@@ -149,6 +149,26 @@ def test_reach_has_every_value_that_formulas_make():
     for m in ((4,), (3, 8), (2, 2, 7), (1, 5, 11, 12), (5, 5, 5, 5)):
         whole = {v for v in reach(m) if type(v) is int}
         assert {t for t in range(1, 101) if solve(m, t)} == {v for v in whole if 1 <= v <= 100} and min(reach(m)) >= 0
+        assert all(type(v) is int or v.denominator > 1 for v in reach(m))
+
+def ends(pool): # every value of a list of numbers, none of the results below zero; a plain way
+    if len(pool) == 1: return {pool[0]}
+    out = set()
+    for i, j in itertools.permutations(range(len(pool)), 2):
+        a, b, rest = pool[i], pool[j], [x for k, x in enumerate(pool) if k not in (i, j)]
+        for v in (a + b, a*b, *([a - b] if a >= b else []), *([a/b] if b else [])): out |= ends([v, *rest])
+    return out
+
+def test_a_try_is_as_near_as_its_beginning_allows():
+    from fractions import Fraction
+    from rlsft_nb.practice import TARGETS, kept_pair, search
+    for numbers, t in (((4, 7, 11, 11), 37), ((12, 8, 5, 13), 40), ((10, 3, 5, 3), 40), ((3, 8, 3, 8), 24)):
+        for chain in search(numbers, t).partition(' so ')[0].split(', '):
+            a, b = map(int, re.match(r'(\d+)[-+*/](\d+)=', chain).groups())
+            rest = list(numbers); rest.remove(a); rest.remove(b)
+            found = set().union(*(ends([Fraction(v), *map(Fraction, rest)]) for v in (a + b, abs(a - b), a*b, Fraction(a, b), Fraction(b, a))))
+            nearest = min(abs(v - t) for v in found if v == t or v in TARGETS and not kept_pair(numbers, int(v)))
+            assert abs(int(chain.rpartition('=')[2]) - t) == nearest, chain
 
 def test_a_search_is_honest_and_in_order_and_keeps_what_is_kept():
     from rlsft_nb.practice import kept_pair, pairs, search
