@@ -36,6 +36,14 @@ def test_hands_in_plain_words_are_judged_by_the_verifier():
     q = dict(ask='', cards=['3', '3', '8', '8'], rule='10', target=24)
     assert is_right(q, '3 3 8 8 gives 8/(3-8/3)=24') and not is_right(q, '8*3=24') and not is_right(q, '8/(3-8/3)=24.') and is_there(q, 'so 8/(3-8/3)=24.')
 
+def test_a_base_that_searches_may_answer_at_length():
+    from rlsft_nb.quiz import answer_tokens
+    from rlsft_nb.texts import corpus_texts
+    tiny, digits, mine = (load_params('tiny', o) for o in ({}, dict(model=dict(path='digits')), dict(model=dict(source='folder', path='x'))))
+    assert [answer_tokens(c) for c in (tiny, digits, mine)] == [48, 192, 48]
+    own, other = ([t for d in corpus_texts(60, b).docs for _, t, _ in d['turns']] for b in ('digits', 'tiny'))
+    assert any(', ' in t and ' so ' in t and '=' in t.split(' so ')[0] for t in own) and not any(', ' in t and ' so ' in t and '=' in t.split(' so ')[0] for t in other)
+
 def test_carried_instructions_are_whole_and_a_damaged_file_is_told(monkeypatch, tmp_path):
     t = instruction_texts()
     assert len(t.docs) == 40 and t.about['licence'].startswith('Apache')
