@@ -11,7 +11,7 @@ from rlsft_nb.parallel import LOST, Crew
 from rlsft_nb.parameters import load_params
 from rlsft_nb.places import ROOT
 from rlsft_nb.stages import Stage
-from test_e2e import SMALL
+from faults.stages import SMALL, small_paper
 
 TINY, AHEAD = load_params('tiny'), pipeline.points_ahead
 
@@ -159,12 +159,8 @@ def test_a_crew_says_why(tmp_path):
 def small(repo, pico):
     "A copy of the repository with a model `small`; each numbered notebook asks for one stage, as the real ones do for all of theirs."
     (repo/'rlsft_nb'/'data').symlink_to(ROOT/'rlsft_nb'/'data')
-    write_json(repo/'params'/'small.yaml', SMALL | dict(model=dict(source='folder', path=str(pico['qwen2'])), workers=2))
-    toy = read_json(repo/'nbs'/'00_toy.ipynb')
     (repo/'nbs'/'00_toy.ipynb').unlink()
-    for nb, ask in {'02_sft': 'named_stage(cfg, seed)', '03_ppo': 'sweep_stage(cfg, seed)', '06_theory': 'theory_stage(cfg, seed)'}.items():
-        toy['cells'][-1]['source'] = f'from rlsft_nb import pipeline\nstage = pipeline.{ask}\nsave_record(f"{nb}-seed{{seed}}", dict(n=1), cfg)'
-        write_json(repo/'nbs'/f'{nb}.ipynb', toy)
+    small_paper(repo, pico['qwen2'])
     return repo
 
 TIMES = ('tokens_s', 'rollout_s', 'update_s')

@@ -16,7 +16,7 @@ def campaigns(n:dict, seed:int, folder, pico, minutes:float, advisories='') -> d
     return dict(files=lambda: hostile_files.campaign(n['files'], seed, folder/'files', pico).figures(), texts=lambda: hostile_texts.campaign(n['texts'], seed, folder/'texts').figures(),
                 answers=lambda: hostile_answers.campaign(n['generated'], n['mutated'], seed), disks=lambda: disks.campaign(n['disks'], seed, folder/'disks', pico),
                 kills=lambda: kills.campaign(n['kills'], seed, folder/'kills', pico, seconds=minutes*60),
-                memory=lambda: memory.campaign(folder/'memory', pico), longuse=lambda: longuse.campaign(n['loops'], seed, folder/'longuse'), supply=lambda: supply.campaign(folder/'supply', advisories))
+                memory=lambda: memory.campaign(folder/'memory', pico), longuse=lambda: longuse.campaign(n['loops'], seed, folder/'longuse', pico), supply=lambda: supply.campaign(folder/'supply', advisories))
 
 def tried(name, f) -> str:
     "What a campaign did, in a few words."
@@ -24,7 +24,7 @@ def tried(name, f) -> str:
     if name == 'answers': return f"{f['generated']:,} generated, {f['mutated']:,} mutated; {f['exceptions']} exceptions, {f['disagreements']} disagreements, slowest {f['slowest']} s"
     if name == 'disks': return f"{f['full']} full, {f['limited']} limited, {f['read_only']} read-only, {f['slow']} slow, {f['places']} strange paths, {f['vanished']} vanished, {f['races']} races, {f['jumps']} clocks"
     if name == 'memory': return f"{f['tried']} stages with too little memory, {f['enough']} with enough"
-    if name == 'longuse': return f"{f['loops']} runs of make paper, {f.get('kills', 0)} struck"
+    if name == 'longuse': return f"{f['loops']} runs of make paper on a small model, {f.get('kills', 0)} struck"
     if name == 'supply': return f"{len(f.get('resolved', ()))} resolutions, {len(f.get('smoked', ()))} of them installed and run; {f['audit']['known']} pins looked up, {len(f['audit']['unsafe'])} known to be unsafe" + (f"; {a['read']} advisories of {a['packages']} of {a['pins']} pins read, {len(a['unsafe'])} of a pinned version" if (a := f.get('advised')) else '')
     return f"{f['kills']} kills ({', '.join(f'{k} {v}' for k, v in f['struck'].items())}), {sum(f['spoiled'].values())} files spoiled; {f['differ']} of {f['compared']} files differ, {f['orphans']} orphans, {f['parts']} parts left"
 

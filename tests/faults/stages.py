@@ -126,3 +126,13 @@ def serve():
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
 
 if __name__ == '__main__': serve()
+
+def small_paper(new, pico):
+    "Makes a copy of settings.ini, params and the package into a repository with a model `small`; each numbered notebook asks for one stage, as the real ones do for all of theirs."
+    from rlsft_nb.files import read_json, write_json
+    over = SMALL | dict(model=dict(source='folder', path=str(pico)), workers=2)
+    write_json(Path(new)/'params'/'small.yaml', over)
+    toy = read_json(Path(__file__).parent.parent/'toy.ipynb')
+    for nb, ask in {'02_sft': 'named_stage(cfg, seed)', '03_ppo': 'sweep_stage(cfg, seed)', '06_theory': 'theory_stage(cfg, seed)'}.items():
+        toy['cells'][-1]['source'] = f'from rlsft_nb import pipeline\nstage = pipeline.{ask}\nsave_record(f"{nb}-seed{{seed}}", dict(n=1), cfg)'
+        write_json(Path(new)/'nbs'/f'{nb}.ipynb', toy)
