@@ -325,17 +325,17 @@ def made_up(along, values):
 def test_verdicts(gauge, values, verdict):
     found = made_up(gauge, values)
     rows = T.verdicts(found)
-    assert [r['verdict'] for r in rows] == [verdict]*4 + ['control']*4 + [verdict]
-    assert [r['n'] for r in rows] == [3, 3, 4, 4, 3, 3, 2, 2, 4] and 'drifts' in verdict_table(rows)
+    assert [r['verdict'] for r in rows] == [verdict]*6 + ['control']*4 + [verdict]
+    assert [r['n'] for r in rows] == [3, 3, 2, 2, 2, 2, 3, 3, 2, 2, 6] and 'drifts' in verdict_table(rows)
     for r in found['blocks']: r['judged']['gauge']['verdict'], r['judged']['values']['verdict'] = ('below', 'within') if verdict == 'holds' else ('beyond', 'below')
     assert T.verdicts(found)[-1]['verdict'] == 'mixed'
 
 def test_half_is_enough():
     found = made_up('beyond', 'below')
-    for r in found['updates'][:2]: r['judged']['gauge']['verdict'] = 'within' # two of four chains of SFT
-    assert T.verdicts(found)[2]['verdict'] == 'holds'
-    found['updates'][2]['judged']['values']['verdict'] = 'within'
-    assert T.verdicts(found)[2]['verdict'] == 'fails'
+    found['updates'][0]['judged']['gauge']['verdict'] = 'within' # one of two chains of v and o in SFT
+    assert [r['verdict'] for r in T.verdicts(found)[2:4]] == ['holds']*2
+    found['updates'][1]['judged']['values']['verdict'] = 'within'
+    assert [r['verdict'] for r in T.verdicts(found)[2:4]] == ['fails', 'holds'] # q and k are another group
 
 def test_figure_shows_every_group():
     import matplotlib
