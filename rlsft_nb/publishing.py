@@ -6,7 +6,7 @@
 __all__ = ['publish_runs']
 
 # %% ../nbs/publishing.ipynb #2812ef3d
-from .files import write_json
+from .files import read_json, write_json
 from .machine import cpu
 from .papermill_line import refuse
 from .parameters import load_params
@@ -21,7 +21,8 @@ def publish_runs(model:str, dry:bool=False # only say what would be done
     "Publish one's own records of a model, and how long its stages and notebooks took."
     try: load_params(model); done = publish(model, dry)
     except Problem as e: return refuse(e)
-    if (known := known_seconds(model)) and not dry: write_json(figures_dir(model)/'seconds.json', dict(cpu=cpu(), seconds=known))
+    kept, known = figures_dir(model)/'seconds.json', known_seconds(model)
+    if known != (read_json(kept)['seconds'] if kept.is_file() else {}) and not dry: write_json(kept, dict(cpu=cpu(), seconds=known)) # something was timed here
     print(*(f'{what}: {name}' for what in ('new', 'changed') for name in done[what]), sep='\n')
     print(*(f'not published: {name}: {why}' for name, why in done['refused'].items()), sep='\n', end='\n'*bool(done['refused']))
     print(f"{len(done['new'])} new, {len(done['changed'])} changed, {len(done['same'])} as they were, {len(done['refused'])} refused.")

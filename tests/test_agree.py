@@ -2,7 +2,7 @@
 import copy
 from rlsft_nb.agree import agreement, beside, inside, lines, main
 from rlsft_nb.claims import load_claims
-from rlsft_nb.files import write_json
+from rlsft_nb.files import read_json, write_json
 from rlsft_nb.parameters import load_params
 from rlsft_nb.publishing import publish_runs
 from rlsft_nb.runner import known_seconds, numbered
@@ -70,4 +70,10 @@ def test_publishing_from_the_command(tmp_path, capsys):
     assert publish_runs('tiny', dry=True) == 0 and not (tmp_path/'figures'/'tiny').exists() and capsys.readouterr().out.startswith('new: fig2-seed0.json')
     assert publish_runs('tiny') == 0 and (tmp_path/'figures'/'tiny'/'fig2-seed0.json').is_file()
     assert capsys.readouterr().out.splitlines() == ['new: fig2-seed0.json', '1 new, 0 changed, 0 as they were, 0 refused.']
+    timed = tmp_path/'figures'/'tiny'/'seconds.json'
+    write_json(timed, dict(cpu=dict(name='another'), seconds={'02_sft': 60.}))
+    assert publish_runs('tiny') == 0 and read_json(timed)['cpu'] == dict(name='another') # nothing was timed here
+    write_json(tmp_path/'runs'/'tiny'/'sft-x'/'done.json', dict(name='sft', seconds=7))
+    assert publish_runs('tiny') == 0 and read_json(timed)['seconds'] == {'02_sft': 60., 'sft': 7} and read_json(timed)['cpu']['cores'] >= 1
+    capsys.readouterr()
     assert publish_runs('nothing') == 2 and "model='nothing' has no file in params/" in capsys.readouterr().err
