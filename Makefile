@@ -44,12 +44,13 @@ figures: $(READY)
 bundle: $(READY)
 	@$(BIN)/python -m rlsft_nb.bundle pack $(MODEL) --out bundle-$(MODEL)
 
-# One thread for each of two workers. A run that finds no notebook is a failure, which nbdev_test would call a success.
+# One thread for each of two workers. A file of tests stays with one of them, for what its tests share is made once.
+# A run that finds no notebook is a failure, which nbdev_test would call a success.
 # Export, clean and README drift, and pyflakes, are tests/test_repo.py.
 test: hooks
 	@export OMP_NUM_THREADS=1; $(BIN)/nbdev_test --n_workers 2 2>&1 | tee .venv/nbdev_test.log
 	@if grep -q 'No files were eligible' .venv/nbdev_test.log; then echo 'nbdev_test found no notebook'; exit 1; fi
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=15 -n 2 tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs --durations=15 -n 2 --dist loadfile --no-loadscope-reorder tests
 
 faults: $(DEV)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/run.py --share $(or $(SHARE),1)
