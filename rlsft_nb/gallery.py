@@ -149,6 +149,11 @@ def _ability(get, cfg, about):
     from rlsft_nb.ability import fig_ability
     return fig_ability(get('ability'), about)
 
+@figure('regimes')
+def _regimes(get, cfg, about):
+    from rlsft_nb.regimes import fig_regimes
+    return fig_regimes(get('regimes')['found'], f'Regimes: {about}')
+
 @figure('figA')
 def _figA(get, cfg, about):
     from rlsft_nb.drift import fig_theory

@@ -8,7 +8,7 @@ from rlsft_nb.places import ROOT
 from rlsft_nb.problems import Problem
 from rlsft_nb.gallery import FIGURES, main, published, redraw, redraw_all
 
-MADE = sorted(p for m in ('tiny', 'smollm2_cpu') for p in (ROOT/'figures'/m).glob('*.png'))
+MADE = sorted(p for m in ('tiny', 'smollm2_cpu', 'digits') for p in (ROOT/'figures'/m).glob('*.png'))
 @pytest.fixture(autouse=True)
 def _published(monkeypatch): monkeypatch.setenv('RLSFT_FIGURES', str(ROOT/'figures'))
 
@@ -17,9 +17,9 @@ stem = lambda p: p.stem.removesuffix('-seed0')
 def test_every_picture_has_an_entry():
     assert MADE and {stem(p) for p in MADE} <= set(FIGURES)
 
-@pytest.mark.parametrize('name', sorted({stem(p) for p in MADE} & set(FIGURES)))
-def test_words_of_a_figure(name):
-    fig = redraw(name)
+@pytest.mark.parametrize('model, name', sorted({('digits' if p.parent.name == 'digits' else 'tiny', stem(p)) for p in MADE if stem(p) in FIGURES}))
+def test_words_of_a_figure(model, name):
+    fig = redraw(name, model)
     title = fig.get_suptitle()
     small = ''.join(t.get_text() for t in (fig.legends[0].get_title(),)) if fig.legends else fig.get_supxlabel()
     assert title and len(title) < 180 and small
