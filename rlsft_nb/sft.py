@@ -82,7 +82,11 @@ def _newest(folder): # the newest whole checkpoint; its last file is written las
     for p in found:
         try: step = read_json(p/'trainer_state.json')['global_step']
         except (OSError, ValueError): continue
-        if intact(p): return str(p) if step else None
+        if (p/'sizes.json').is_file() and intact(p): return str(p) if step else None
+
+def _ended(newest, steps): # its log, where a run was killed after its last step: the trainer would take one more
+    state = read_json(Path(newest)/'trainer_state.json') if newest else dict(global_step=-1)
+    return state['log_history'] if state['global_step'] >= steps else None
 
 def _adapter(rank:int): # what TRL takes; None for all weights
     if not rank: return None
@@ -127,12 +131,14 @@ def train_sft(cfg,        # from `load_params`
     newest, note, now = _newest(folder/'resume'), folder/'resume'/'settings.json', decides(cfg) | dict(seed=seed)
     if newest and whole(note): same_settings(read_json(note), now, folder)
     if not rank(): write_json(note, now)
-    with threads(cfg.threads):
-        lm, tok = load_lm(cfg.name, cfg, device(cfg) if world() == 1 else 'cpu', cfg.model.dtype) # shards move one by one
-        t = trainer(cfg, folder, seed, lm, tok)
-        t.train(resume_from_checkpoint=newest)
-    keep = ('step', 'loss', 'learning_rate', 'grad_norm')
-    return dict(steps=sorted(s.checkpoints), log=[{k: h[k] for k in keep} for h in t.state.log_history if 'loss' in h])
+    log, keep = _ended(newest, s.steps), ('step', 'loss', 'learning_rate', 'grad_norm')
+    if log is None:
+        with threads(cfg.threads):
+            lm, tok = load_lm(cfg.name, cfg, device(cfg) if world() == 1 else 'cpu', cfg.model.dtype) # shards move one by one
+            t = trainer(cfg, folder, seed, lm, tok)
+            t.train(resume_from_checkpoint=newest)
+        log = t.state.log_history
+    return dict(steps=sorted(s.checkpoints), log=[{k: h[k] for k in keep} for h in log if 'loss' in h])
 
 # %% ../nbs/02_sft.ipynb #982531d6
 def decides(cfg) -> dict: # parameters of the training stage

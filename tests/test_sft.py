@@ -1,5 +1,5 @@
 "Fine-tuning: what is learned from, that a kill changes nothing, and that the peak is not chosen on test hands."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 import pytest, torch
 from rlsft_nb.files import read_json
 from rlsft_nb.parameters import load_params
@@ -89,9 +89,10 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(trained, pico, tmp_pat
     assert [h['loss'] for h in got['log']] == [h['loss'] for h in trained[1]['log']] == [l['loss'] for l in read_log(tmp_path)], 'the curve shows the earlier part, once'
 
 def test_a_half_written_state_is_passed_over(tmp_path):
-    for n, text in ((3, '{"global_step": 3}'), (6, '{"global_'), (12, None)):
+    for n, text in ((2, '{"global_step": 2}'), (3, '{"global_step": 3}'), (4, '{"global_step": 4}'), (6, '{"global_'), (12, None)):
         (tmp_path/f'checkpoint-{n}').mkdir()
         if text: (tmp_path/f'checkpoint-{n}'/'trainer_state.json').write_text(text)
+        if n != 4: (tmp_path/f'checkpoint-{n}'/'sizes.json').write_text('{}')
     assert _newest(tmp_path).endswith('checkpoint-3') and _newest(tmp_path/'none') is None
 
 @pytest.mark.parametrize('sft, message', [(dict(checkpoints=[4, 40]), '40 is not within 1..sft.steps=12'), (dict(checkpoints=[0]), '0 is not within'), (dict(accumulate=3), 'sft.batch=8 is no multiple of sft.accumulate=3')])
@@ -161,6 +162,14 @@ def test_adapters_change_matrices_of_layers_by_their_rank_and_leave_a_plain_chec
     moved = {n for n in base if not torch.equal(base[n], end[n])}
     assert moved == {n for n in base if n.endswith('proj.weight')}
     assert all(torch.linalg.matrix_rank((end[n] - base[n]).double(), rtol=1e-3) == 2 for n in moved)
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(trained, pico, tmp_path):
+    folder, r = trained
+    shutil.copytree(folder, at := tmp_path/'again')
+    assert train_sft(small(pico), at, seed=1) == r # the trainer itself would take step 13
+    for lost in ('sizes.json', 'tokenizer.json'): # killed before it was sealed; spoiled later
+        next((at/'resume').glob('checkpoint-*')).joinpath(lost).unlink()
+        assert train_sft(small(pico), at, seed=1) == r and (at/'step-12'/'model.safetensors').read_bytes() == (folder/'step-12'/'model.safetensors').read_bytes()
 
 def test_adapters_go_on_where_they_were_killed(pico, tmp_path):
     whole = train_sft(small(pico, lora=2), tmp_path/'a', seed=1)

@@ -61,4 +61,4 @@ def campaign(loops:int, seed:int, folder, pico) -> dict:
     faults += [f"run {i} failed: {r['said']}" for i, r in enumerate(rows) if r['code']]
     faults += [f"run {i}: other results" for i, r in enumerate(rows) if any(rows[-1]['made'].get(k) != v for k, v in r['made'].items())]
     keep = ('descriptors', 'threads', 'mib', 'disk', 'files')
-    return dict(loops=loops, kills=sum(r['kill'] for r in rows), first={k: first[k] for k in keep}, last={k: last[k] for k in keep}, lost=len(faults), faults=faults[:10])
+    return dict(model='small', loops=loops, kills=sum(r['kill'] for r in rows), first={k: first[k] for k in keep}, last={k: last[k] for k in keep}, lost=len(faults), faults=faults[:10])

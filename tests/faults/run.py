@@ -24,7 +24,7 @@ def tried(name, f) -> str:
     if name == 'answers': return f"{f['generated']:,} generated, {f['mutated']:,} mutated; {f['exceptions']} exceptions, {f['disagreements']} disagreements, slowest {f['slowest']} s"
     if name == 'disks': return f"{f['full']} full, {f['limited']} limited, {f['read_only']} read-only, {f['slow']} slow, {f['places']} strange paths, {f['vanished']} vanished, {f['races']} races, {f['jumps']} clocks"
     if name == 'memory': return f"{f['tried']} stages with too little memory, {f['enough']} with enough"
-    if name == 'longuse': return f"{f['loops']} runs of make paper on a small model, {f.get('kills', 0)} struck"
+    if name == 'longuse': return f"{f['loops']} runs of make paper{' on a small model' if f.get('model') else ''}, {f.get('kills', 0)} struck"
     if name == 'supply': return f"{len(f.get('resolved', ()))} resolutions, {len(f.get('smoked', ()))} of them installed and run; {f['audit']['known']} pins looked up, {len(f['audit']['unsafe'])} known to be unsafe" + (f"; {a['read']} advisories of {a['packages']} of {a['pins']} pins read, {len(a['unsafe'])} of a pinned version" if (a := f.get('advised')) else '')
     return f"{f['kills']} kills ({', '.join(f'{k} {v}' for k, v in f['struck'].items())}), {sum(f['spoiled'].values())} files spoiled; {f['differ']} of {f['compared']} files differ, {f['orphans']} orphans, {f['parts']} parts left"
 
