@@ -73,7 +73,7 @@ def endings(numbers:tuple, a, b):
     for text, v, plain in operations(a, b):
         for value, (more, chain) in reach(tuple(sorted((*without(numbers, a, b), v)))).items(): yield value, plain + more, (text, *chain)
 
-@lru_cache(maxsize=2**17)
+@lru_cache(maxsize=2**15)
 def reach(numbers:tuple # sorted
     ) -> dict:          # value -> (plainness, operations)
     "Every value of all the numbers together, the plainest way."
