@@ -71,6 +71,7 @@ def main(argv:list=None) -> int: # exit code
     p.add_argument('--words', action='store_true', help='numbers from 10 to 100 are single tokens, not spelled in digits')
     p.add_argument('--start', default='', help='folder of a packed base that goes on with the second lesson (default: from random weights)')
     a = p.parse_args(argv)
+    if a.start and a.words: p.error('--words is for a base from random weights; --start has a tokenizer of its own')
     torch.set_num_threads(1)
     before = read_json(Path(a.start)/'provenance.json') if a.start else None
     found = pack(make_base(a.out, a.seed, a.words, a.start), Path(a.out)/'packed', a.seed, before)['abilities']

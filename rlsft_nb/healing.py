@@ -18,6 +18,7 @@ from .parallel import map_items
 from .pipeline import curve_stage, kept
 from .ppo import train_ppo
 from .ppo_run import rl_settings
+from .problems import ParamError
 from .recovery import holm
 from .stages import Stage, run_stage
 
@@ -42,6 +43,7 @@ ARMS = dict(rl=dict(part='rl'), any=dict(part='any'), ood=dict(others=1.), varie
 
 def doses(cfg) -> dict: # dose as text -> update
     "How long RL has run where it is scored."
+    if 1 not in cfg.heal.doses or min(cfg.heal.doses) <= 0: raise ParamError(f'heal.doses={cfg.heal.doses}: expected positive numbers, 1.0 among them')
     return {f'{d:g}': max(1, round(d*cfg.ppo.updates)) for d in sorted(cfg.heal.doses)}
 
 def dosed(cfg, arm:str): # resolved parameters
@@ -58,7 +60,6 @@ def healed(cfg, start:str, arm:str, seed:int,
     log = train_ppo(c, start, folder, seed)['log']
     at = {'0': start} | {d: f"{folder}/{'policy' if u == c.ppo.updates else f'policy-{u}'}" for d, u in doses(cfg).items()}
     scores = {d: score(where, c, 'test', ['ID', 'OOD']) for d, where in at.items()}
-    shutil.rmtree(folder)
     return dict(scores=scores, rl=[log[0]['first'], log[-1]['first']])
 
 # %% ../nbs/healing.ipynb #08fd50c9
@@ -69,6 +70,7 @@ def runs(cfg, seed:int, at) -> list: # of (start, arm); `at`: names of starts
 
 def heal_stage(cfg, seed:int=0) -> Stage: # results: steps (start -> step) and runs ('start, arm' -> from `healed`)
     "The map of starts, doses and arms."
+    doses(cfg) # or it is refused before anything is made
     curve, more = curve_stage(cfg, seed), longer(cfg)
     st = as_stage('heal', cfg, dict(heal=cfg.heal, arms=ARMS, ppo=rl_settings(cfg), game=cfg.game, eval=cfg.eval), [curve], seed)
     def fn(folder):
@@ -76,6 +78,7 @@ def heal_stage(cfg, seed:int=0) -> Stage: # results: steps (start -> step) and r
         where = {k: at[s] for k, s in steps.items()} | dict(past=kept(more, seed)[more.sft.steps])
         items = {f'{s}-{a}': (cfg, where[s], a, seed, str(folder/'runs'/f'{s}-{a}')) for s, a in runs(cfg, seed, where)}
         got = map_items('healing.healed', items, folder/'points', cfg.workers, 'healing')
+        shutil.rmtree(folder/'runs', ignore_errors=True) # when every score is on the disk
         return dict(steps=steps | dict(past=more.sft.steps), runs={k.replace('-', ', '): v for k, v in got.items()})
     return run_stage(st, fn, cfg)
 

@@ -8,6 +8,7 @@ from rlsft_nb.models import score
 from rlsft_nb.parameters import load_params
 from rlsft_nb.pipeline import curve_stage, kept
 from rlsft_nb.ppo import train_ppo
+from rlsft_nb.problems import ParamError
 from rlsft_nb.ppo_run import rl_hands
 from test_e2e import SMALL
 
@@ -32,6 +33,11 @@ def test_arms_differ_in_their_hands_alone():
     assert 4 <= len(rules) <= 25 and not {'10-10-10', '11-12-13'} & {*rules}
     assert {k: v for k, v in dosed(cfg, 'any').ppo.items() if k != 'part'} == {k: v for k, v in dosed(cfg, 'rl').ppo.items() if k != 'part'}
 
+@pytest.mark.parametrize('bad', [[.5, 2.], [0., 1.], [-1., 1.]])
+def test_doses_that_cannot_be_judged_are_refused(bad, tmp_path):
+    with pytest.raises(ParamError, match='heal.doses=.*1.0 among them'): heal_stage(load_params('tiny', dict(heal=dict(doses=bad))))
+    assert not (tmp_path/'runs').exists()
+
 def test_what_a_seed_runs():
     cfg, at = load_params('tiny'), ['before', 'peak', 'moderate', 'end', 'past']
     assert len(runs(cfg, 0, at)) == 5 + 2*3 == len(runs(cfg, 1, at)) and runs(cfg, 2, at) == [('moderate', 'rl'), ('end', 'rl')]
@@ -47,7 +53,7 @@ def test_every_score_is_of_the_policy_at_that_dose(pico, tmp_path, monkeypatch):
     train_ppo(c, kept(cfg)[curve['end']], tmp_path/'again', 0)
     for dose, where in (('0', kept(cfg)[curve['end']]), ('0.5', tmp_path/'again'/'policy-1'), ('2', tmp_path/'again'/'policy')):
         assert json.loads(json.dumps(score(str(where), c, 'test', ['ID', 'OOD']))) == run['scores'][dose], dose
-    assert not [*(st.path/'runs').iterdir()] # policies are thrown away
+    assert not (st.path/'runs').exists() # policies are thrown away
     fig = fig_healing(found, 'x')
     assert len(fig.axes) == 3 and [len(a.containers) for a in fig.axes] == [len(found['steps'])]*2 + [4]
 

@@ -220,6 +220,11 @@ def test_the_command_makes_a_base_lesson_by_lesson(tmp_path, monkeypatch, capsys
     last, _ = load_lm(str(tmp_path/'a'/'practice'/'base'))
     assert torch.equal(lm.lm_head.weight.float(), last.lm_head.weight.bfloat16().float())
 
+def test_a_base_that_goes_on_keeps_its_tokenizer(tmp_path, capsys):
+    from rlsft_nb import digits
+    with pytest.raises(SystemExit): digits.main(['--out', str(tmp_path/'a'), '--start', str(shipped('digits')), '--words'])
+    assert '--start has a tokenizer of its own' in capsys.readouterr().err and not (tmp_path/'a').exists()
+
 def test_training_goes_on_from_given_weights(tmp_path):
     from rlsft_nb.practice import Practice
     tok = make_tokenizer(words=False)

@@ -7,6 +7,7 @@ from rlsft_nb.places import ROOT
 LOOP = '''
 import contextlib, hashlib, io, json, os, random, shutil, sys, threading, time
 import psutil
+from kills import without
 from rlsft_nb.paper import main
 from rlsft_nb.places import runs_root
 rng, me, rows, root = random.Random(int(sys.argv[2])), psutil.Process(), [], runs_root()
@@ -22,9 +23,6 @@ def paper():
         try: main(['--model', 'small'], standalone_mode=False); code = 0
         except SystemExit as e: code = e.code or 0
     return code, err.getvalue()[-300:]
-def plain(x): # without times and folders
-    if isinstance(x, dict): return {k: plain(v) for k, v in x.items() if k not in ('tokens_s', 'rollout_s', 'update_s')}
-    return [plain(v) for v in x] if isinstance(x, list) else x.replace(str(root), '') if isinstance(x, str) else x
 for i in range(int(sys.argv[1])):
     stages, kill = sorted(p.parent for p in root.glob('small/*/done.json')), i % 3 == 2
     for at in rng.sample(stages, min(2, len(stages))): # one from its parts, one from nothing
@@ -37,7 +35,7 @@ for i in range(int(sys.argv[1])):
     if code: code, said = paper() # the next run goes on
     end = time.monotonic() + 30
     while any(map(works, me.children(recursive=True))) and time.monotonic() < end: time.sleep(.1)
-    made = {p.parent.name: hashlib.sha256(json.dumps(plain(json.loads(p.read_text())), sort_keys=True).encode()).hexdigest()[:8] for p in sorted(root.glob('small/*/results.json'))}
+    made = {p.parent.name: hashlib.sha256(json.dumps(without(json.loads(p.read_text())), sort_keys=True).encode()).hexdigest()[:8] for p in sorted(root.glob('small/*/results.json'))}
     files = [p for p in root.rglob('*') if p.is_file()]
     rows.append(dict(code=code, kill=kill, said=said, descriptors=me.num_fds(), threads=me.num_threads(), mib=round(me.memory_info().rss/2**20, 1), disk=sum(p.stat().st_size for p in files),
                      files=len(files), children=len(me.children(recursive=True)), parts=sum(p.name.endswith('.part') for p in files), made=made))
@@ -50,7 +48,7 @@ def campaign(loops:int, seed:int, folder, pico) -> dict:
     new.mkdir(parents=True)
     for f in ('settings.ini', 'params', 'rlsft_nb'): (shutil.copytree if (ROOT/f).is_dir() else shutil.copy)(ROOT/f, new/f)
     small_paper(new, pico)
-    env = {k: v for k, v in os.environ.items() if k not in ('RLSFT_RUNS', 'RLSFT_FIGURES')} | dict(PYTHONPATH=str(new), OMP_NUM_THREADS='1')
+    env = {k: v for k, v in os.environ.items() if k not in ('RLSFT_RUNS', 'RLSFT_FIGURES')} | dict(PYTHONPATH=os.pathsep.join([str(new), str(Path(__file__).parent)]), OMP_NUM_THREADS='1')
     p = subprocess.run([sys.executable, '-c', LOOP, str(loops), str(seed)], cwd=new, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if p.returncode: return dict(loops=0, lost=1, faults=[p.stderr[-500:]])
     rows, faults = json.loads(p.stdout.splitlines()[-1]), []
