@@ -8,6 +8,7 @@ __all__ = ['MARK', 'keep_fp32', 'gather_head', 'freeze_idle', 'gathered', 'save_
 
 # %% ../nbs/launch.ipynb #1ec02c33
 import argparse, ctypes, os, re, select, signal, subprocess, sys, time
+from contextlib import suppress
 from pathlib import Path
 import psutil
 import torch
@@ -115,15 +116,21 @@ def _stop(p, patience=30.):
     p.terminate()
     try: p.wait(patience)
     except subprocess.TimeoutExpired: p.kill()
-    for c in psutil.wait_procs(below, min(patience, 3))[1]: c.kill()
+    for c in psutil.wait_procs(below, min(patience, 3))[1]:
+        with suppress(psutil.NoSuchProcess): c.kill()
     psutil.wait_procs(below, 10); p.wait()
 
-def _end_marked(mark):
-    "Ends what a launcher that is gone has left."
-    for q in psutil.process_iter():
-        try:
-            if q.environ().get('RLSFT_LAUNCH') == mark: q.kill()
-        except (psutil.Error, OSError): pass
+def _is_marked(q, mark): # `q`: a psutil.Process
+    try: return q.environ().get('RLSFT_LAUNCH') == mark and q.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError): return False
+
+def _end_marked(mark, patience=10.):
+    "Ends what a launcher that is gone has left, and what that starts meanwhile; returns when it is gone."
+    end = time.monotonic() + patience
+    while (left := [q for q in psutil.process_iter() if _is_marked(q, mark)]) and time.monotonic() < end:
+        for q in left:
+            with suppress(psutil.NoSuchProcess): q.kill()
+        psutil.wait_procs(left, 1)
 
 def stream(words:list,   # a command
            out=None      # where its output goes while it runs; sys.stderr where None
