@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 from .commands import parser, run
-from .dose import dose_line
+from .dose import attempts, dose_line
 from .graph import story
 from .machine import gpus, free_bytes
 from .parallel import named_function
@@ -292,11 +292,12 @@ def score_hours(cfg, s, hands:int, attempts:float=1) -> float:
     return math.ceil(hands/cfg.eval.batch)*attempts*lengths(cfg).answer*token_seconds(s, 1, width(cfg))/3600
 
 def ppo_hours(cfg, s, n) -> float:
-    "All updates of one start, three attempts a hand; vLLM has whole weights, passed to it once an update."
+    "All updates of one start, three answers a hand, or one where no more are allowed; vLLM has whole weights, passed to it once an update."
     p, l, mine, own = cfg.ppo, lengths(cfg), math.ceil(cfg.ppo.episodes/n), cfg.launch.engine == 'vllm'
     each = token_seconds(s, 1, 2, 0.) if own else token_seconds(s, n, 2 if n > 1 else width(cfg))
-    play = math.ceil(mine/cfg.eval.batch)*3*l.answer*each + own*4*s.params*(n - 1)/n/_rate('link')
-    tokens = p.episodes*(l.prompt + 3*(l.answer + l.feedback))
+    turns = min(3, attempts(cfg))
+    play = math.ceil(mine/cfg.eval.batch)*turns*l.answer*each + own*4*s.params*(n - 1)/n/_rate('link')
+    tokens = p.episodes*(l.prompt + turns*(l.answer + l.feedback))
     return p.updates*(play + tokens*s.trained*(2 + p.epochs*(8 if p.checkpointing else 6))/(n*_rate('bf16')))/3600
 
 def spectra_hours(cfg, s, n) -> float:

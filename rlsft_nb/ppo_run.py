@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .actor_critic import attach, recompute
 from .files import atomic_write, read_json, write_json, intact, seal, whole
 from .notices import tell_runner
-from .dose import left
+from .dose import attempts, left
 from .parameters import same_settings
 from .problems import ParamError
 from .game import OUTCOMES, cards_and_target, deal, face_values, game_of, multisets
@@ -45,6 +45,7 @@ def check_ppo(cfg, processes:int=1):
         if p[name] < 1: raise ParamError(f'ppo.{name}={p[name]}: expected a positive integer')
     for name in ('lr', 'head_lr', 'temperature', 'clip', 'value_clip', 'grad_clip'):
         if not 0 < p[name] < math.inf: raise ParamError(f'ppo.{name}={p[name]}: expected a positive number')
+    if p.attempts < 0: raise ParamError(f'ppo.attempts={p.attempts}: expected attempts a hand, or 0 for those of the game')
     for name in ('gamma', 'lam', 'lr_end', 'others'):
         if not 0 <= p[name] <= 1: raise ParamError(f'ppo.{name}={p[name]}: expected a number from 0 to 1')
     if cfg.launch.engine == 'vllm' and p.temperature < .01: raise ParamError(f'ppo.temperature={p.temperature}: launch.engine=vllm samples at 0.01 or above')
@@ -112,11 +113,12 @@ def play_update(acc, lm, tok, cfg, seed:int, u:int,
     "The hands of one update, played by this process."
     most = lambda n: n if acc.num_processes == 1 else int(acc.gather(torch.tensor([n], device=acc.device)).max())
     stops, hands, traces = stop_ids(lm, tok), rl_hands(cfg, seed, u)[acc.process_index::acc.num_processes], []
+    game = type(cfg)(cfg.game | dict(attempts=attempts(cfg)))
     if vllm: vllm.renew()
     for i in range(0, len(hands), cfg.eval.batch):
         draw = chance(acc, seed, u, f'sampling {i}').getrandbits(31)
         ask = vllm.asking(draw) if vllm else Player(lm, tok, cfg.eval.max_new_tokens, cfg.ppo.temperature, draw, most)
-        with arithmetic(cfg): traces += rollout(ask, tok, stops, hands[i:i + cfg.eval.batch], cfg.game, most) # weights are rounded once, not once a token
+        with arithmetic(cfg): traces += rollout(ask, tok, stops, hands[i:i + cfg.eval.batch], game, most) # weights are rounded once, not once a token
     return traces
 
 # %% ../nbs/ppo_run.ipynb #54753a80

@@ -240,6 +240,12 @@ def test_hands_under_other_rules():
     for p, message in ((dict(others=2.), 'ppo.others=2.0: expected a number from 0 to 1'), (dict(other_rule='queens'), "ppo.other_rule='queens': expected 'varied', or a rule")):
         with pytest.raises(ParamError, match=message): check_ppo(cfg(**p))
 
+def test_rl_may_have_attempts_of_its_own(pico, acc):
+    tries = lambda **p: {len(t.verdicts) for t in play_update(acc, lm, tok, small(pico, **p), 0, 1)} # no random network solves a hand
+    lm, tok = load_lm(str(pico['qwen2']))
+    assert (tries(), tries(attempts=1), tries(attempts=2)) == ({3}, {1}, {2})
+    with pytest.raises(ParamError, match='ppo.attempts=-1: expected attempts a hand, or 0 for those of the game'): check_ppo(small(pico, attempts=-1))
+
 def test_each_hand_is_judged_by_its_own_rule(pico):
     lm, tok = load_lm(str(pico['qwen2']))
     stops, said = stop_ids(lm, tok), {}
