@@ -29,7 +29,7 @@ STEPS = {
     'spectra':           Step('04_spectra', ('sft-curve', 'ppo'), 'pipeline.pair_stage', 'spectra'),
     'restore':           Step('05_restore', ('sft-curve',), 'pipeline.restore_stage', 'restore'),
     'restore-imposed':   Step('05_restore', ('sft-curve', 'ppo'), 'pipeline.imposed_stage', 'restore'),
-    'restore-unrelated': Step('05_restore', ('sft', 'restore'), 'pipeline.unrelated_stage', 'restore'),
+    'restore-unrelated': Step('05_restore', ('sft-curve', 'restore'), 'pipeline.unrelated_stage', 'restore'),
     'restore-attempts':  Step('05_restore', ('sft-named', 'restore', 'restore-imposed'), 'restore.five_table'), # no stage, as two below
     'restore-seeds':     Step('05_restore', ('restore', 'restore-imposed', 'restore-unrelated'), 'pipeline.restore_seeds_stage'),
     'theory':            Step('06_theory', ('sft-curve', 'ppo'), 'pipeline.theory_stage', 'spectra'),

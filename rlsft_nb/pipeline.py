@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['base_stage', 'sft_of', 'sft_stage', 'kept', 'curve_of', 'curve_stage', 'points_ahead', 'named', 'named_stage',
            'rl_of', 'rl_stage', 'policy', 'score_stage', 'named_with_rl', 'sweep_item', 'sweep_stage', 'pair_stage',
-           'theory_stage', 'blocks_stage', 'restore_stage', 'imposed_stage', 'other_sft', 'unrelated_stage',
+           'theory_stage', 'blocks_stage', 'restore_stage', 'imposed_stage', 'other_curve', 'unrelated_stage',
            'save_unrelated', 'ability_stage', 'sft_seed', 'restore_seed', 'sft_seeds_stage', 'restore_seeds_stage',
            'copies', 'sft_main', 'ppo_main']
 
@@ -150,7 +150,7 @@ def blocks_stage(cfg, seed:int=0) -> Stage: # results: runs (one record each)
     return run_stage(st, lambda folder: theory.measure_blocks(cfg, seed, folder), {}) # small on any machine, whatever the model needs
 
 # %% ../nbs/pipeline.ipynb #552e6ad5
-def _edits(cfg): return dict(restore=cfg.restore, eval=cfg.eval, attempts=cfg.game.attempts)
+def _edits(cfg): return dict(restore=cfg.restore, eval=cfg.eval, attempts=cfg.game.attempts, cells=2) # `cells` is raised where a grid gets others
 
 def restore_stage(cfg, seed:int=0) -> Stage: # results: from `play_end`
     "The end of SFT towards the OOD peak and towards the base."
@@ -163,16 +163,17 @@ def imposed_stage(cfg, seed:int=0) -> Stage: # results: from `play_imposed`
     st = as_stage('restore-imposed', cfg, _edits(cfg), [curve, rl_stage(cfg, curve.results()['end'], seed)], seed)
     return _fitting(st, lambda folder: restore.play_imposed(named_with_rl(cfg, seed), curve.results(), cfg, seed, folder), cfg)
 
-def other_sft(cfg, seed:int) -> Stage: # may not be done
-    "SFT of the seed that is unrelated to this one."
-    return sft_of(cfg, (seed + 1) % 5)
+def other_curve(cfg, seed:int) -> Stage: # may not be done
+    "What is measured of the seed that is unrelated to this one."
+    return curve_of(cfg, (seed + 1) % 5)
 
 def unrelated_stage(cfg, seed:int=0) -> Stage: # results: from `play_unrelated`
     "The end of SFT towards another seed's checkpoints."
-    curve, up, other = curve_stage(cfg, seed), restore_stage(cfg, seed), other_sft(cfg, seed).seed
-    st = as_stage('restore-unrelated', cfg, _edits(cfg), [up, sft_stage(cfg, other)], seed)
+    up, mine, other = restore_stage(cfg, seed), curve_stage(cfg, seed).results(), other_curve(cfg, seed).seed
+    theirs = curve_stage(cfg, other)
+    st = as_stage('restore-unrelated', cfg, _edits(cfg), [up, theirs], seed)
     own = lambda: read_json(up.path/'cells'/f'peak-{restore.WHOLE}.json')
-    return _fitting(st, lambda folder: restore.play_unrelated(named(cfg, seed), curve.results(), kept(cfg, other), own(), cfg, seed, folder), cfg)
+    return _fitting(st, lambda folder: restore.play_unrelated(named(cfg, seed), mine, named(cfg, other), theirs.results(), own(), cfg, seed, folder), cfg)
 
 def save_unrelated(cfg, seed:int) -> Path: # figures/<model>/fig6-unrelated-seed<seed>.json
     "Keep what an unrelated checkpoint gave, with the stages behind it alone: the same whichever run keeps it."
@@ -196,7 +197,7 @@ def restore_seed(cfg, seed:int, seeds:int) -> dict:
     "One seed of restoration in a line; a worker function."
     cfg = AttrDict(cfg | dict(workers=1))
     found, imposed = restore_stage(cfg, seed).results(), imposed_stage(cfg, seed).results()
-    return restore.seed_summary(seed, found, imposed, unrelated_stage(cfg, seed).results() if other_sft(cfg, seed).seed < seeds else {}, cfg.restore)
+    return restore.seed_summary(seed, found, imposed, unrelated_stage(cfg, seed).results() if other_curve(cfg, seed).seed < seeds else {}, cfg.restore)
 
 def _over_seeds(step, cfg, params, fn, items): # results: one summary a seed
     return run_stage(as_stage(step, cfg, params), lambda folder: dict(seeds=[*map_items(fn, items, folder, cfg.workers, 'seeds').values()]), cfg)
@@ -221,7 +222,7 @@ def copies(cfg, seed:int=0,
            seeds=()    # that are made together
     ) -> dict:         # step -> which one, in words -> arguments of what makes it, after `cfg`; None where they are not known yet
     "The stages of a seed."
-    own, starts, other = {'': (seed,)}, {name: s and (s, seed) for name, s in _starts(cfg, seed).items()}, other_sft(cfg, seed)
+    own, starts, other = {'': (seed,)}, {name: s and (s, seed) for name, s in _starts(cfg, seed).items()}, other_curve(cfg, seed)
     out = dict.fromkeys(('base', 'sft', 'sft-curve', 'sft-named'), own) | {'ppo': starts, 'ppo-score': starts} | ({'ppo-sweep': own} if seed < cfg.ppo.sweep_seeds else {})
     out['spectra'] = {f'{label}, {null}': (label, seed, null) for label in ('SFT', 'SFT from peak', 'RL') for null in ('shuffle', 'orient')}
     out |= dict.fromkeys(('restore', 'restore-imposed'), own) | ({'restore-unrelated': own} if other.seed in seeds or other.done else {})

@@ -27,11 +27,12 @@ def layer_groups(depth:int,   # number of layers
     text = lambda a, b: f'{a}-{b - 1}' if b - a > 1 else str(a)
     out = [dict(label=text(a, b), kind='band', layers=text(a, b), types=None) for a, b in zip(cut, cut[1:]) if b > a]
     out += [dict(label=f'first {100*f:.0f} %', kind='prefix', layers=text(0, max(1, int(f*depth + .5))), types=None) for f in prefixes]
-    return out + [dict(label='embed, head', kind='ends', layers=None, types=['embed', 'head'])]
+    ends, first = dict(label='embed, head', kind='ends', layers=None, types=['embed', 'head']), [g for g in out if g['kind'] == 'prefix'][:1]
+    return out + [ends] + [dict(label=f"{g['label']}, embed, head", kind='coded', layers=g['layers'], types=['*']) for g in first]
 
 def cell_name(mode, ranks=None, layers=None, types=None, place='top') -> str:
     "A file name for a cell."
-    where = f'layers{layers}' if layers is not None else 'ends' if types else 'all' if place == 'top' else place
+    where = f"layers{layers}{'+ends'*bool(types)}" if layers is not None else 'ends' if types else 'all' if place == 'top' else place
     if ranks is None or isinstance(ranks, float) and ranks == 1: return f'{mode}-{where}-full'
     return f'{mode}-{where}-{ranks}' if isinstance(ranks, int) else f'{mode}-{where}-{100*ranks:g}%'
 
@@ -51,7 +52,7 @@ def _fixed(ranks, controls):
 
 def _layers(r, depth, tied, modes):
     "Cells of figure 5."
-    groups = [(g['layers'], ['embed'] if tied and g['types'] else g['types']) for g in layer_groups(depth, r.bands, r.prefixes)]
+    groups = [(g['layers'], ['embed'] if tied and g['kind'] == 'ends' else g['types']) for g in layer_groups(depth, r.bands, r.prefixes)]
     return [dict(mode=m, layers=l, types=t) for l, t in groups for m in modes]
 
 # %% ../nbs/restoration.ipynb #af00cafc

@@ -56,7 +56,8 @@ def edit_words(name:str # of a cell, such as directions-all-20%
     ) -> str:
     "A cell in words: what is edited, and where."
     mode, where, ranks = name.split('/')[-1].rsplit('-', 2) if '-layers' not in name else [name.split('/')[-1].split('-layers')[0], *name.split('-layers')[1].rsplit('-', 1)]
-    place = 'embedding and head' if where == 'ends' else '' if where in ('all', 'tail', 'random') else f"layer{'s'*('-' in where)} {where}"
+    layers, _, more = where.partition('+')
+    place = 'embedding and head' if where == 'ends' else '' if where in ('all', 'tail', 'random') else f"layer{'s'*('-' in layers)} {layers}{', embedding and head'*bool(more)}"
     what = LOOK[where if where in LOOK else mode][2]
     if mode == 'blend': return f"straight line, {ranks.replace('%', ' %')} of the way"
     return f"{what}, {place or {'full': 'all ranks'}.get(ranks, f'{ranks} of ranks' if '%' in ranks else f'{ranks} ranks')}".replace('%', ' %')
@@ -69,8 +70,10 @@ def of_ranks(cells:dict) -> dict: # name -> row
 # %% ../nbs/restoration_figures.ipynb #72fa4f69
 def _group_points(axes, res, groups, modes):
     "The groups of one pair, its edits side by side."
+    name = lambda g, mode: cell_name(mode, layers=g['layers'], types=g['types'])
+    groups = [g for g in groups if any(name(g, m) in res['cells'] for m in modes)]
     for m, mode in enumerate(modes):
-        names = [cell_name(mode, layers=g['layers'], types=g['types']) for g in groups]
+        names = [name(g, mode) for g in groups]
         at = [(i + .2*(m - 1), res['cells'][n]) for i, n in enumerate(names) if n in res['cells']]
         for ax, c in zip(axes, ('OOD', 'ID')):
             if at: cell_points(ax, [x for x, _ in at], [row for _, row in at], c, mode, ls='')

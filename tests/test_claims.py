@@ -68,7 +68,7 @@ def fake(seed=0, ood=(.33, .09, .25), id=(.79, .49, .47)) -> dict: # OOD and ID 
     name = restore.cell_name
     ranks = {name('directions', k): both(t, p, ood[1] + (ood[0] - ood[1])*k**.5, id[1] + .3*k, g, mode='directions', ranks=k) for k in (.05, .2, .5, 1.)}
     controls = {name(m, k): both(t, p, rate, .5, g, mode=m, ranks=k) for m, k, rate in (('interpolate', .2, ood[0]), ('values', 1., ood[1]), ('random_rotation', 1., ood[1]))}
-    layers = {name(m, layers=l): both(t, p, o, i, g, mode=m, layers=l) for m in ('directions', 'swap') for l, o, i in (('0', .1, .6), ('1-2', .09, .7), ('3', .1, .2), ('0-3', .1, .7))} | {name('directions', types=True): both(t, p, ood[0]*.6, id[1], g, mode='directions')}
+    layers = {name(m, layers=l): both(t, p, o, i, g, mode=m, layers=l) for m in ('directions', 'swap') for l, o, i in (('0', .1, .6), ('1-2', .09, .7), ('3', .1, .2), ('0-3', .1, .7))} | {name('directions', types=True): both(t, p, ood[0]*.6, id[1], g, mode='directions')} | {name(m, layers='0', types=['*']): both(t, p, ood[0]*.95, id[1], g, mode=m) for m in ('directions', 'swap')}
     for n, c in [*ranks.items(), *controls.items(), (name('blend', .5), both(t, p, (ood[0] + ood[1])/2, .6, g, mode='blend', ranks=.5))]: controls[n] = c | dict(edit=dict(size=2., to_reference=1. if n != name('blend', .5) else 2.))
     target = dict(OOD=t['OOD']['first'] | dict(n=t['OOD']['n']), ID=t['ID']['first'] | dict(n=t['ID']['n']))
     reference = dict(OOD=p['OOD']['first'] | dict(n=p['OOD']['n']), ID=p['ID']['first'])
@@ -80,7 +80,7 @@ def fake(seed=0, ood=(.33, .09, .25), id=(.79, .49, .47)) -> dict: # OOD and ID 
     gauge = dict(blocks=[moved('SGD', 'linear', 'below', 'within', optimizer='sgd'), moved('Adam', 'swiglu', 'beyond', 'below', optimizer='adam')], updates=[moved('SFT', 'vo', 'beyond', 'below'), moved('RL', 'mlp', 'within', 'within')])
     return {'fig1-sft': dict(scores=scores), 'fig1': dict(scores=scores | dict(rl=rl), stages={'tiny/ppo-1a2b3c4d': dict(commit='0'*40, dirty=False, python='3.11', device=['H100'], versions=dict(torch='2.9'))}),
             'fig2': dict(curve=dict(points=losses(5., 1., .5, .8, 1.), peak=200, end=400)), 'sweep': dict(sweep=dict(points=starts)), 'spectra-overview': spectra_, 'fig3': kept, 'fig4': dict(kept),
-            'fig5': dict(peak=res | dict(cells=layers)), 'fig6': dict(peak=res | dict(cells=ranks | controls)), 'fig6-unrelated': dict(tests=[won(.1, .001), won(.2, .001)]),
+            'fig5': dict(peak=res | dict(cells=layers)), 'fig6': dict(peak=res | dict(cells=ranks | controls)), 'fig6-unrelated': {k: dict(reference=dict(OOD=dict(rate=x))) for k, x in (('unrelated-peak', .31), ('unrelated-end', .08))} | dict(tests=[won(.1, .001), won(.2, .001)], steps=dict(peak=160, end=800)),
             'compare': dict(result=dict(arms={a: dict(scores=dict(OOD=cell('OOD', x, g))) for a, x in (('own', .3), ('expert', .1))})),
             'fig7': dict(rl=res | dict(cells=imposed, target=dict(OOD=r['OOD']['first'] | dict(n=r['OOD']['n'])))), 'figA': gauge}
 
@@ -189,6 +189,17 @@ def test_verdicts_agree_with_the_notebooks(tmp_path, seed, ood, id):
                        [x['verdict'] for x in restore.verdicts(res | dict(cells=cells), CFG.restore)]))
     theirs |= dict(imposed=restore.imposed_verdicts(r['fig7'])[0]['verdict'])
     assert {k: ours[k] for k in theirs} == {k: WORDS.get(v, v) for k, v in theirs.items()}
+
+def test_another_seeds_past_and_the_ends_of_the_first_layers(tmp_path):
+    r = fake()
+    save(r, tmp_path)
+    c = {c['id']: c['each'][0] for c in judge_claims(CFG, [0])['claims'] if c['id'] in ('own-past', 'layers-25', 'layers-25-ends')}
+    assert (c['own-past']['verdict'], c['own-past']['value']) == ('holds', .1) and c['own-past']['control'] == "the other seed's peak and end have 31.0 % and 8.0 % themselves"
+    ends, alone = (r['fig5']['peak']['cells'][restore.cell_name('directions', layers='0', types=t)]['OOD']['recovery']['value'] for t in (['*'], None))
+    assert c['layers-25-ends']['value'] == ends > .8 > .1 > c['layers-25']['value'] == alone and c['layers-25-ends']['verdict'] == 'holds'
+    save({'fig6-unrelated': {k: v for k, v in r['fig6-unrelated'].items() if k != 'steps'}}, tmp_path) # as they were told at first
+    old = next(c['each'][0] for c in judge_claims(CFG, [0])['claims'] if c['id'] == 'own-past')
+    assert old['verdict'] == 'not testable here' and 'at the steps of this one' in old['why']
 
 @pytest.mark.parametrize('shifts,verdicts,angles', [((.005, .02, .001), ('beyond', 'within', 'below'), 3.), ((.005,)*10, ('beyond',)*10, 6.), ((.005,)*8 + (.02,)*2, ('beyond',)*5 + ('within',)*5, 1.)])
 def test_spectra_agree(tmp_path, shifts, verdicts, angles):

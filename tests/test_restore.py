@@ -620,6 +620,18 @@ def test_grid_has_every_cell_once():
     assert [len(restore.within_all(r, w, restore.grid(r, 4, 192, which=w))) for w in restore.WHICH] == [3, 0, 3, 0, 0, 0]
     with pytest.raises(ParamError, match="peak has no cell 'nothing'"): restore.within_all(load_params('tiny', dict(restore=dict(within=['peak/nothing']))).restore, 'peak', {})
 
+def test_first_layers_are_put_back_alone_and_with_embedding_and_head(tmp_path):
+    (tgt, ref, _), cfg = pico_pair(tmp_path)
+    at, w = restore.outline(tgt, cfg), workbench.Workbench(tgt, ref, cfg)
+    group = {g['kind']: g for g in restore.layer_groups(at['depth'], 3, [.25, 1.])}
+    def edited(kind):
+        w.put('swap', **{k: group[kind][k] for k in ('layers', 'types')})
+        return {n for n in w.edited}
+    first = next(g for g in restore.layer_groups(at['depth'], 3, [.25, 1.]) if g['kind'] == 'prefix')
+    w.put('swap', layers=first['layers']); alone = set(w.edited)
+    assert edited('coded') == alone | edited('ends') and alone and not alone & edited('ends') and len(edited('ends')) == 2 - at['tied']
+    assert all(restore.cell_name(m, layers='0', types=['*']) in restore.grid(cfg.restore, 4, 192) for m in ('directions', *cfg.restore.layer_controls))
+
 @few
 @given(spans, st.integers(12, 40), st.integers(0, 99))
 def test_bands_elsewhere_are_as_wide(ks, p, seed):
