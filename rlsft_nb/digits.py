@@ -15,7 +15,7 @@ from .files import read_json, sha256_file, write_json
 from .game import multisets
 from .models import load_lm, load_tok, save_lm
 from .origins import provenance
-from .practice import Formulas, Practice, kept_pair
+from .practice import Cards, Formulas, Practice, kept_pair
 from .products import keeps_fp32, products
 from .tiny import deal_as, free_form, make_tokenizer, pretrain
 
@@ -35,18 +35,18 @@ def abilities(lm, tok, n:int=400) -> dict: # 'ID known', 'ID pair kept out', ...
     return out
 
 # %% ../nbs/digits.ipynb #16b4f66f
-LESSONS = dict(formulas=(Formulas, 14_000, 1.5e-3), practice=(Practice, 4_500, 1e-3)) # corpus, optimizer steps, rate after warm-up
+LESSONS = dict(formulas=(Formulas, 14_000, 1.5e-3), practice=(Practice, 4_500, 1e-3), cards=(Cards, 1_200, 7e-4)) # corpus, optimizer steps, rate after warm-up
 
 def make_base(folder, seed:int=0, words:bool=False,
-              start='' # folder of a base that has had the first lesson, and is not given it again
-    ) -> Path:         # folder of the last weights
+              start='',         # folder of a base to go on from; random weights where empty
+              lesson='practice' # the first that such a base is given
+    ) -> Path:                  # folder of the last weights
     "The base of a seed, lesson by lesson; what is there already is not made again."
-    tok = load_tok(str(start)) if start else make_tokenizer(words=words)
+    tok, names = load_tok(str(start)) if start else make_tokenizer(words=words), list(LESSONS)
     with products('onednn' if keeps_fp32() else 'torch'):
-        for i, (name, (corpus, steps, peak)) in enumerate(LESSONS.items()):
-            if start and not i: continue
-            at = Path(folder)/name
-            if not (at/'pretrain.json').exists(): pretrain(at, steps, seed, size=64, corpus=corpus(seed*1000 + 500 + 100*i), tok=tok, start=str(start), peak=peak, save=500)
+        for name in names[names.index(lesson) if start else 0:]:
+            at, (corpus, steps, peak) = Path(folder)/name, LESSONS[name]
+            if not (at/'pretrain.json').exists(): pretrain(at, steps, seed, size=64, corpus=corpus(seed*1000 + 500 + 100*names.index(name)), tok=tok, start=str(start), peak=peak, save=500)
             start = at/'base'
     return start
 
@@ -69,12 +69,13 @@ def main(argv:list=None) -> int: # exit code
     p.add_argument('--out', required=True, help='folder of the states, the losses and the base')
     p.add_argument('--seed', type=int, default=0, help='of corpus and initial weights (default: 0)')
     p.add_argument('--words', action='store_true', help='numbers from 10 to 100 are single tokens, not spelled in digits')
-    p.add_argument('--start', default='', help='folder of a packed base that goes on with the second lesson (default: from random weights)')
+    p.add_argument('--start', default='', help='folder of a packed base to go on from (default: from random weights)')
+    p.add_argument('--lesson', default='practice', choices=list(LESSONS), help='the first that --start is given (default: practice)')
     a = p.parse_args(argv)
     if a.start and a.words: p.error('--words is for a base from random weights; --start has a tokenizer of its own')
     torch.set_num_threads(1)
     before = read_json(Path(a.start)/'provenance.json') if a.start else None
-    found = pack(make_base(a.out, a.seed, a.words, a.start), Path(a.out)/'packed', a.seed, before)['abilities']
+    found = pack(make_base(a.out, a.seed, a.words, a.start, a.lesson), Path(a.out)/'packed', a.seed, before)['abilities']
     print({k: round(v['rate'], 3) for k, v in found.items()})
     return 0
 

@@ -141,7 +141,7 @@ class Corpus:
         rule, cards, target, formula = self.hand()
         numbers = values(cards, rule)
         said = self.told(formula, numbers, target)
-        q, a = self.fill(forms, rule, cards, target=target, formula=said, values=' '.join(map(str, numbers)))
+        q, a = self.fill(forms, rule, cards, target=target, formula=said, values=' '.join(map(str, numbers)), listed=', '.join(map(str, numbers)))
         turns = [('user', q, False), ('assistant', a, True)]
         if not twice: return turns
         wrong, why = self.failure(numbers, formula, target, cards, rule)

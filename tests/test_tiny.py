@@ -202,6 +202,25 @@ def test_a_hand_in_plain_words_searches_with_the_numbers_that_it_read():
         assert counted is True and evaluate(formula)[1] == int(target) and sorted(re.findall(r'\d+', formula)) == sorted(listed.split()) and asked.endswith(f'reach {target}.')
     assert len(found) > 10
 
+def test_hands_that_repeat_their_cards():
+    from rlsft_nb.practice import Cards, kept_pair
+    c, kinds = Cards(5), collections.Counter()
+    for _ in range(500):
+        (_, asked, _), *_, (_, said, _) = c.chat()
+        if not (cards := re.search(r'(?:hold|Cards:?|Read|of) ([^.;]*?)(?:[.;\n]|$| as| and)', asked)) or asked.startswith(('Make', 'Which')): continue
+        ranks = re.findall(r'10|[2-9AJQK]', cards[1])
+        rule = tuple(int(re.search(rf'{f}"?(?:=| is | as )(\d+)', asked)[1]) for f in 'JQK') if not asked.startswith('Rule') else tuple(map(int, re.match(r'Rule (\d+)/(\d+)/(\d+)', asked).groups()))
+        worth = values(ranks, rule)
+        record = said[0] in '{['
+        assert len(ranks) == 4 and (', ' if record else ' ').join(map(str, worth)) in said
+        if record: # as the game's answer: quotes, brackets, the formula alone, and other keys
+            assert re.findall(r'"(10|[2-9AJQK])"', said) == ranks and '"cards"' not in said and '"number"' not in said and '"formula"' not in said
+            body = re.search(r'([-+*/()\d]+)=(\d+)"?}?$', said)
+            assert body is None and 'Read' in asked or evaluate(body[1])[1] == int(body[2]) and not kept_pair(worth, int(body[2])) and '=' not in said.replace(body[0], '')
+        elif 'epeat' in asked: assert re.findall(r'10|[2-9AJQK]', said)[:4] == ranks
+        kinds['record' if record else 'words' if 'epeat' in asked else 'plain'] += 1
+    assert min(kinds[k] for k in ('record', 'words', 'plain')) > 35, kinds
+
 def test_the_command_makes_a_base_lesson_by_lesson(tmp_path, monkeypatch, capsys):
     from rlsft_nb import digits
     asked = []
@@ -211,14 +230,17 @@ def test_the_command_makes_a_base_lesson_by_lesson(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(digits, 'pretrain', few_steps)
     monkeypatch.setattr(digits, 'abilities', lambda *lm: dict(here=dict(rate=.5)))
     for _ in range(2): assert digits.main(['--out', str(tmp_path/'a'), '--words', '--seed', '3']) == 0
-    assert asked == [('Formulas', digits.LESSONS['formulas'][1], 3, '', 1.5e-3), ('Practice', digits.LESSONS['practice'][1], 3, 'formulas', 1e-3)] # each once
+    assert asked == [('Formulas', digits.LESSONS['formulas'][1], 3, '', 1.5e-3), ('Practice', digits.LESSONS['practice'][1], 3, 'formulas', 1e-3), ('Cards', digits.LESSONS['cards'][1], 3, 'practice', 7e-4)] # each once
     packed = tmp_path/'a'/'packed'
     r = read_json(packed/'provenance.json')
-    assert r['seed'] == 3 and {*r['lessons']} == {'formulas', 'practice'} and r['lessons']['practice']['step'] == 2 and r['sha256'] == sha256_file(packed/'model.safetensors')
+    assert r['seed'] == 3 and {*r['lessons']} == {*digits.LESSONS} and r['lessons']['practice']['step'] == 2 and r['sha256'] == sha256_file(packed/'model.safetensors')
     lm, tok = load_lm(str(packed))
     assert len(tok('100')['input_ids']) == 1 and capsys.readouterr().out.count("{'here': 0.5}") == 2
-    last, _ = load_lm(str(tmp_path/'a'/'practice'/'base'))
+    last, _ = load_lm(str(tmp_path/'a'/'cards'/'base'))
     assert torch.equal(lm.lm_head.weight.float(), last.lm_head.weight.bfloat16().float())
+    asked.clear()
+    assert digits.main(['--out', str(tmp_path/'b'), '--start', str(packed), '--lesson', 'cards']) == 0
+    assert [a[:4] for a in asked] == [('Cards', digits.LESSONS['cards'][1], 0, 'a')] and {*read_json(tmp_path/'b'/'packed'/'provenance.json')['lessons']} == {'cards'}
 
 def test_a_base_that_goes_on_keeps_its_tokenizer(tmp_path, capsys):
     from rlsft_nb import digits
