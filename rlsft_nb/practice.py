@@ -113,6 +113,8 @@ def search(numbers:tuple, # in the order in which they stand
 # %% ../nbs/practice.ipynb #007c8039
 class Practice(Formulas):
     "Endless chats as those of `tiny`, where every pair is as likely as any other and an answer looks for its formula."
+    searched = .30 # of all chats: bare numbers, and an answer that looks
+
     def told(self, formula, numbers=(), target=0): return search(tuple(numbers), target) if numbers else formula # a failure stands alone
 
     def hand(self):
@@ -124,7 +126,7 @@ class Practice(Formulas):
     def chat(self) -> list: # as in `Corpus`
         "Numbers to formula, reading a rule, a whole game, or a game with a failure before the answer."
         u = self.rng.random()
-        if u < .60: return self.over_numbers(u < .30)
+        if u < .60: return self.over_numbers(u < self.searched)
         return self.game(READ if u < .66 else GAME, u >= .95)
 
 # %% ../nbs/practice.ipynb #5647277d
@@ -141,7 +143,9 @@ READ_RECORDS = [('Rule {j}/{q}/{k}. Read "{cards}" as a record.', '{{"hand": ["{
 
 # %% ../nbs/practice.ipynb #ab865826
 class Cards(Practice):
-    "Chats as those of `Practice`, where two whole hands in three repeat the cards, half of these as records."
+    "Chats as those of `Practice`, where two whole hands in three repeat the cards, half of these as records, and fewer answers over bare numbers look."
+    searched = .15
+
     def told(self, formula, numbers=(), target=0): return formula if self.forms is RECORDS else super().told(formula, numbers, target)
 
     def game(self, forms, twice):
