@@ -23,14 +23,15 @@ WORK = dict(run='lanes.run_paper', publish='publishing.publish_runs', readme='re
 @click.option('--seeds', default=1, show_default=True, help='how many, from 0 on, side by side, with a summary')
 @click.option('-v', '--verbose', is_flag=True, help='also list every file that was made')
 @click.option('--dry-run', is_flag=True, help='publish: only say what would be done')
-def main(task, names, model, seed, seeds, verbose, dry_run):
+@click.option('--shown', is_flag=True, help='refresh: only figures and verdicts below the claim')
+def main(task, names, model, seed, seeds, verbose, dry_run, shown):
     "Run the numbered notebooks; or publish what they made; or make README.md; or refresh stored outputs; or look for drift."
     from rlsft_nb.parallel import named_function # these only for whoever typed the command
     from rlsft_nb.places import repository
     from rlsft_nb.problems import Problem
     try: repository()
     except Problem as e: sys.exit(refuse(e))
-    asked = dict(run=(model, seed, seeds, verbose), publish=(model, dry_run), refresh=(names,))
+    asked = dict(run=(model, seed, seeds, verbose), publish=(model, dry_run), refresh=(names, shown))
     told = named_function(WORK[task])(*asked.get(task, ()))
     if task in ('run', 'publish'): sys.exit(told)
     if task == 'drift' and told: sys.exit(f"Differ from their notebooks: {', '.join(told)}. Run: nbdev_export && nbdev_clean && python -m rlsft_nb.paper readme")

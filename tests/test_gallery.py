@@ -6,13 +6,19 @@ import matplotlib.pyplot as plt
 from rlsft_nb import drawing
 from rlsft_nb.places import ROOT
 from rlsft_nb.problems import Problem
-from rlsft_nb.gallery import FIGURES, main, published, redraw, redraw_all
+from rlsft_nb.gallery import FIGURES, main, published, redraw, redraw_all, verdicts_of
+from rlsft_nb.papermill_line import NBS
 
 MADE = sorted(p for m in ('tiny', 'smollm2_cpu', 'digits') for p in (ROOT/'figures'/m).glob('*.png'))
 @pytest.fixture(autouse=True)
 def _published(monkeypatch): monkeypatch.setenv('RLSFT_FIGURES', str(ROOT/'figures'))
 
 stem = lambda p: p.stem.removesuffix('-seed0')
+
+@pytest.mark.parametrize('book', [p.stem for p in sorted(NBS.glob('*.ipynb')) if 'verdicts_of(\'' in p.read_text() and p.stem != 'gallery'])
+def test_verdicts_below_the_claim_are_those_of_the_published_records(book):
+    cells = [c for c in json.loads((NBS/f'{book}.ipynb').read_text())['cells'] if ''.join(c['source']) == f"verdicts_of('{book}')"]
+    assert [''.join(c['outputs'][0]['data']['text/markdown']) for c in cells] == [verdicts_of(book)], f'python -m rlsft_nb.paper refresh --shown {book}'
 
 def test_every_picture_has_an_entry():
     assert MADE and {stem(p) for p in MADE} <= set(FIGURES)

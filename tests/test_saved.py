@@ -88,3 +88,15 @@ def test_install_from_an_archive(checkout):
 def test_hooks_that_cannot_be_installed_are_told_and_no_more(checkout):
     (checkout/'.git').mkdir() # no repository after all
     assert 'could not be installed; all else works' in sh(checkout, 'make', 'hooks')
+
+def test_what_stands_below_the_claim_is_made_again_alone(tmp_path, monkeypatch):
+    import nbformat
+    from rlsft_nb import upkeep
+    from nbformat.v4 import new_code_cell as code, new_notebook
+    old = dict(output_type='stream', name='stdout', text='old\n')
+    nb = new_notebook(cells=[code("print('new')", outputs=[old]), code('#| default_exp x', outputs=[old]), code("raise SystemExit('it trained')", outputs=[old])])
+    nbformat.write(nb, tmp_path/'x.ipynb')
+    monkeypatch.setattr(upkeep, 'NBS', tmp_path)
+    upkeep.refresh(['x'], shown=True)
+    first, *rest = nbformat.read(tmp_path/'x.ipynb', 4).cells
+    assert [o.text for o in first.outputs] == ['new\n'] and all([o.text for o in c.outputs] == ['old\n'] for c in rest)
