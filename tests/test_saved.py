@@ -93,7 +93,7 @@ def test_what_stands_below_the_claim_is_made_again_alone(tmp_path, monkeypatch):
     import nbformat
     from rlsft_nb import upkeep
     from nbformat.v4 import new_code_cell as code, new_notebook
-    old = dict(output_type='stream', name='stdout', text='old\n')
+    old = nbformat.from_dict(dict(output_type='stream', name='stdout', text='old\n'))
     nb = new_notebook(cells=[code("print('new')", outputs=[old]), code('#| default_exp x', outputs=[old]), code("raise SystemExit('it trained')", outputs=[old])])
     nbformat.write(nb, tmp_path/'x.ipynb')
     monkeypatch.setattr(upkeep, 'NBS', tmp_path)
