@@ -27,6 +27,7 @@ from .records import save_record
 from .game import Verdict
 from .generation import generate_ids
 from .models import EMBEDDED, model_class, arithmetic, device, load_lm, save_lm
+from .dose import attempts
 from .plan import GIB, H100, STAGES, with_keys, config_of, lengths, memory, needed, sft_hours, sizes, spectra_hours, token_seconds, width
 
 # %% ../nbs/measure.ipynb #506e44fd
@@ -110,7 +111,7 @@ def long_hand(cfg, vocab:int, rng) -> rollouts.Trace: # with every attempt at th
     "A hand of random tokens."
     l, ids = lengths(cfg), lambda n: [rng.randrange(vocab) for _ in range(n)]
     t = rollouts.Trace(['2', '3', '4', '5'], ids(l.prompt))
-    for turn in range(cfg.game.attempts):
+    for turn in range(attempts(cfg)):
         if turn: t.ids = t.ids + ids(l.feedback)
         t.hear(ids(cfg.eval.max_new_tokens), Verdict('wrong_value', -1. - rng.random()))
     return t

@@ -292,7 +292,7 @@ def score_hours(cfg, s, hands:int, attempts:float=1) -> float:
     return math.ceil(hands/cfg.eval.batch)*attempts*lengths(cfg).answer*token_seconds(s, 1, width(cfg))/3600
 
 def ppo_hours(cfg, s, n) -> float:
-    "All updates of one start, three answers a hand, or one where no more are allowed; vLLM has whole weights, passed to it once an update."
+    "All updates of one start, three answers a hand, or as many as it may have where that is fewer; vLLM has whole weights, passed to it once an update."
     p, l, mine, own = cfg.ppo, lengths(cfg), math.ceil(cfg.ppo.episodes/n), cfg.launch.engine == 'vllm'
     each = token_seconds(s, 1, 2, 0.) if own else token_seconds(s, n, 2 if n > 1 else width(cfg))
     turns = min(3, attempts(cfg))
