@@ -1,5 +1,5 @@
 "Rules of the house."
-import ast, json, re, subprocess, sys
+import ast, json, re, statistics, subprocess, sys
 from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -53,6 +53,14 @@ def test_notebook_rules(nb):
     for c in code(nb): assert 'nbdev_export' + '()' not in source(c)
     for c in code(nb): assert 'RLSFT_RUNS' in source(c) or not re.search(r'^(?!#\| (slow|export)).*save_(figure|record)\(', source(c), re.S), 'lessons leave runs/ alone'
     assert all(c.get('id') for c in cells(nb))
+
+@pytest.mark.parametrize('nb', numbered(), ids=name)
+def test_a_numbered_notebook_is_read_in_a_quarter_of_an_hour(nb):
+    lines = [[l for l in source(c).splitlines() if l.strip() and not l.startswith('#|')] for c in code(nb)]
+    exported = [c for c in code(nb) if source(c).startswith('#| export')]
+    shown = next(i for i, c in enumerate(cells(nb)) if any('image/png' in (d := o.get('data', {})) or 'verdict' in str(d.get('text/markdown')) for o in c.get('outputs', ())))
+    assert len(cells(nb)) <= 60 and statistics.median(len(l) for l in lines if l) <= 5 and 2*len(exported) <= len(code(nb))
+    assert shown <= 4, 'figure and verdicts stand below the claim'
 
 def test_no_stale_module():
     made = {m for nb in ALL for c in code(nb) for m in re.findall(r'#\|\s*default_exp\s+(\S+)', source(c))}
