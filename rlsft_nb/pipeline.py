@@ -17,7 +17,7 @@ from .files import read_json
 from .graph import as_stage
 from .launch import options, resolved, run_on_many, tell
 from .machine import gpus
-from .models import cells, clusters, leave, rank, score, weights_id, world
+from .models import base_of, cells, clusters, leave, rank, score, weights_id, world
 from .parallel import map_items, threads
 from .plan import check_fits
 from .ppo_run import check_ppo, rl_settings
@@ -37,18 +37,18 @@ def _fitting(st, fn, cfg):
 
 def base_stage(cfg, seed:int=0) -> Stage: # results: cell -> record
     "The untouched model on all four cells, first attempt."
-    st = as_stage('base', cfg, dict(weights=weights_id(cfg), game=cfg.game, eval=cfg.eval), seed=seed)
-    return _fitting(st, lambda folder: _alone(score, cfg.name, cfg, 'test', list(cells(cfg)), seed=seed), cfg)
+    st = as_stage('base', cfg, dict(weights=weights_id(cfg, base_of(cfg, seed)), game=cfg.game, eval=cfg.eval), seed=seed)
+    return _fitting(st, lambda folder: _alone(score, base_of(cfg, seed), cfg, 'test', list(cells(cfg)), seed=seed), cfg)
 
 def sft_of(cfg, seed:int=0) -> Stage: # may not be done
     "The training stage of a seed."
-    return as_stage('sft', cfg, sft.decides(cfg), seed=seed)
+    return as_stage('sft', cfg, sft.decides(cfg, [seed]), seed=seed)
 
 def sft_stage(cfg, seed:int=0) -> Stage: # results: from `train_sft`
     "The training stage, made if needed."
     return run_on_many(sft_of(cfg, seed), lambda folder: sft.train_sft(cfg, folder, seed), cfg, 'sft', seed=seed)
 
-def _kept(cfg, st, steps): return {0: cfg.name} | {n: str(st.path/f'step-{n}') for n in sorted(steps)}
+def _kept(cfg, st, steps): return {0: base_of(cfg, st.seed)} | {n: str(st.path/f'step-{n}') for n in sorted(steps)}
 
 def kept(cfg, seed:int=0) -> dict: # step -> folder or model name; step 0 is the base
     "The checkpoints of SFT."
@@ -204,11 +204,11 @@ def _over_seeds(step, cfg, params, fn, items): # results: one summary a seed
 
 def sft_seeds_stage(cfg, n:int) -> Stage:
     "Seeds 0 to n-1 of SFT."
-    return _over_seeds('sft-seeds', cfg, dict(seeds=n, eval=cfg.eval, **sft.decides(cfg)), 'pipeline.sft_seed', {f'seed-{i}': (cfg, i) for i in range(n)})
+    return _over_seeds('sft-seeds', cfg, dict(seeds=n, eval=cfg.eval, **sft.decides(cfg, range(n))), 'pipeline.sft_seed', {f'seed-{i}': (cfg, i) for i in range(n)})
 
 def restore_seeds_stage(cfg, n:int) -> Stage:
     "Seeds 0 to n-1 of restoration."
-    params = dict(seeds=n, restore=cfg.restore, eval=cfg.eval, ppo=cfg.ppo, **sft.decides(cfg))
+    params = dict(seeds=n, restore=cfg.restore, eval=cfg.eval, ppo=cfg.ppo, **sft.decides(cfg, range(n)))
     return _over_seeds('restore-seeds', cfg, params, 'pipeline.restore_seed', {f'seed-{i}': (cfg, i, n) for i in range(n)})
 
 # %% ../nbs/pipeline.ipynb #dfbfb528

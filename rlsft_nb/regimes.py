@@ -48,7 +48,7 @@ def trial(cfg, seed:int) -> list: # one dict a kept step: step, n (hands), first
 
 def regimes_stage(cfg, seed:int=0) -> Stage: # results: regime -> rate as text -> from `trial`
     "Every candidate."
-    st = as_stage('regimes', cfg, dict(eval=cfg.eval, tried=REGIMES, rates=RATES, **decides(candidate(cfg, 'paper', RATES[0]))), seed=seed) # whatever was chosen since
+    st = as_stage('regimes', cfg, dict(eval=cfg.eval, tried=REGIMES, rates=RATES, **decides(candidate(cfg, 'paper', RATES[0]), [seed])), seed=seed) # whatever was chosen since
     items = {f'{r}-{lr:g}': (candidate(cfg, r, lr), seed) for r in REGIMES for lr in RATES}
     def fn(folder):
         got = map_items('regimes.trial', items, folder/'trials', cfg.workers, 'regimes')

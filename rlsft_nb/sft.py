@@ -23,7 +23,7 @@ from .game import answer, cards_and_target, dataset, game_of, prompt, solve, val
 from .launch import freeze_idle, gather_head, keep_fp32, save_together
 from .live import add_line, write_log
 from .generation import encode
-from .models import arithmetic, cells, dealt, device, load_lm, papers_game, rank, save_lm, score, weights_id, world
+from .models import arithmetic, base_of, cells, dealt, device, load_lm, papers_game, rank, save_lm, score, weights_id, world
 
 # %% ../nbs/02_sft.ipynb #dbbaf8a4
 def expert_rows(cfg, seed:int): # datasets.Dataset: prompt and completion (chats), cards, rule, target
@@ -121,29 +121,30 @@ def train_sft(cfg,        # from `load_params`
               folder,     # checkpoints go to folder/step-N, the state to folder/resume
               seed:int=0
     ) -> dict:            # steps: those kept; log: step, loss, learning_rate and grad_norm as they were
-    "Fine-tunes `cfg.name` on expert answers; goes on where a killed run stopped."
+    "Fine-tunes the base of a seed on expert answers; goes on where a killed run stopped."
     s, folder = cfg.sft, Path(folder)
     late = [n for n in s.checkpoints if not 0 < n <= s.steps]
     if late: raise ParamError(f'sft.checkpoints={s.checkpoints}: {late[0]} is not within 1..sft.steps={s.steps}')
     if s.batch % s.accumulate: raise ParamError(f'sft.batch={s.batch} is no multiple of sft.accumulate={s.accumulate}')
     if s.lora < 0 or s.lora and world() > 1: raise ParamError(f'sft.lora={s.lora} in {world()} processes: expected 0, or a rank in one process')
     if s.batch//s.accumulate % world(): raise ParamError(f'sft.batch={s.batch} over sft.accumulate={s.accumulate} is no multiple of {world()} processes')
-    newest, note, now = _newest(folder/'resume'), folder/'resume'/'settings.json', decides(cfg) | dict(seed=seed)
+    newest, note, now = _newest(folder/'resume'), folder/'resume'/'settings.json', decides(cfg, [seed]) | dict(seed=seed)
     if newest and whole(note): same_settings(read_json(note), now, folder)
     if not rank(): write_json(note, now)
     log, keep = _ended(newest, s.steps), ('step', 'loss', 'learning_rate', 'grad_norm')
     if log is None:
         with threads(cfg.threads):
-            lm, tok = load_lm(cfg.name, cfg, device(cfg) if world() == 1 else 'cpu', cfg.model.dtype) # shards move one by one
+            lm, tok = load_lm(base_of(cfg, seed), cfg, device(cfg) if world() == 1 else 'cpu', cfg.model.dtype) # shards move one by one
             t = trainer(cfg, folder, seed, lm, tok)
             t.train(resume_from_checkpoint=newest)
         log = t.state.log_history
     return dict(steps=sorted(s.checkpoints), log=[{k: h[k] for k in keep} for h in log if 'loss' in h])
 
 # %% ../nbs/02_sft.ipynb #982531d6
-def decides(cfg) -> dict: # parameters of the training stage
+def decides(cfg, seeds=(0,)) -> dict: # parameters of the training stage
     "All that decides the weights SFT ends in, besides the seed."
-    return dict(weights=weights_id(cfg), dtype=cfg.model.dtype, game=cfg.game, sft=cfg.sft)
+    bases = list(dict.fromkeys(weights_id(cfg, base_of(cfg, i)) for i in seeds))
+    return dict(weights=bases if len(bases) > 1 else bases[0], dtype=cfg.model.dtype, game=cfg.game, sft=cfg.sft)
 
 def curve_point(folder:str, cfg, seed:int) -> dict:
     "Losses and first-attempt accuracy of one checkpoint; a worker function."

@@ -20,7 +20,7 @@ from .problems import Damaged, DiskError, Problem, StageBusy, StageMissing
 
 # %% ../nbs/stages.ipynb #5d75074b
 FORMAT = 1 # part of every key; raised when stored results change their meaning
-LATER = dict(game=dict(cards=4, ranks=[], targets=[]), eval=dict(once=False), sft=dict(lora=0, part='sft'),
+LATER = dict(game=dict(cards=4, ranks=[], targets=[]), eval=dict(once=False), sft=dict(lora=0, part='sft'), model=dict(bases=[]),
              ppo=dict(products='torch', keep=[], others=0., other_rule='varied', attempts=0)) # section -> parameters that came after the first results, and what those had
 
 def without_later(params:dict) -> dict: # of a stage

@@ -8,8 +8,8 @@ from rlsft_nb.problems import ParamError
 from rlsft_nb.game import answer, hands, multisets, prompt, solve, values, verify
 from rlsft_nb.generation import encode, generate
 from rlsft_nb.live import read_log
-from rlsft_nb.models import load_lm
-from rlsft_nb.pipeline import curve_stage, named, named_stage, sft_stage
+from rlsft_nb.models import ModelError, base_of, load_lm
+from rlsft_nb.pipeline import base_stage, curve_stage, kept, named, named_stage, sft_stage
 from rlsft_nb.sft import *
 from rlsft_nb.sft import _newest, _says
 
@@ -23,6 +23,26 @@ def same(a, b): return all(torch.equal(p, b[n]) for n, p in a.items())
 def trained(pico, tmp_path_factory):
     folder = tmp_path_factory.mktemp('sft')
     return folder, train_sft(small(pico), folder, seed=1)
+
+# bases
+
+def test_each_seed_begins_with_its_base(pico, tmp_path, monkeypatch):
+    monkeypatch.setenv('RLSFT_RUNS', str(tmp_path/'runs'))
+    lm, tok = load_lm(str(pico['qwen2']))
+    with torch.no_grad(): lm.lm_head.weight.mul_(2.)
+    lm.save_pretrained(tmp_path/'other'); tok.save_pretrained(tmp_path/'other')
+    bases = [str(pico['qwen2']), str(tmp_path/'other')]
+    cfg = load_params('tiny', SMALL | dict(model=dict(source='folder', path=bases[0], bases=bases), sft=SMALL['sft'] | dict(lr=1e-9, steps=4, checkpoints=[4])))
+    assert [base_of(cfg, i) for i in range(5)] == [bases[0], bases[1], bases[0], bases[1], bases[0]] and base_of(small(pico), 3) == 'tiny'
+    ids = [decides(cfg, [i])['weights'] for i in range(3)]
+    assert ids[0] == ids[2] != ids[1] and decides(cfg, range(3))['weights'] == ids[:2] and decides(small(pico))['weights'] == ids[0]
+    for seed, base in ((0, bases[0]), (1, bases[1])):
+        at = kept(cfg, seed)
+        assert at[0] == base
+        for (n, a), b in zip(weights(at[4]).items(), weights(base).values()): assert torch.allclose(a, b, atol=1e-6), n
+    assert len({base_stage(cfg, i).params['weights'] for i in range(3)}) == 2
+    for change, message in ((dict(bases=['nowhere']), "'nowhere' is no folder"), (dict(source='hub', path='a/b', bases=['x']), 'several bases are embedded or folders, not hub')):
+        with pytest.raises((ParamError, ModelError), match=message): base_of(load_params('tiny', dict(model=change)), 0)
 
 # rows
 
