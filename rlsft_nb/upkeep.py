@@ -8,6 +8,7 @@ __all__ = ['WIDGET', 'drift', 'tidy', 'saved', 'above', 'refresh']
 # %% ../nbs/upkeep.ipynb #d54a3a0c
 import base64, io, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
+from unittest.mock import patch
 from .papermill_line import NBS, REPO
 
 # %% ../nbs/upkeep.ipynb #b8a9843c
@@ -59,10 +60,10 @@ def refresh(names:list,       # notebooks such as 'core'; all where empty
     "Run notebooks in place with their defaults, so that their stored outputs are of today."
     import nbformat
     from nbclient import NotebookClient
-    os.environ['IN_TEST'] = '1' # no progress bars in what is stored
     for p in [NBS/f'{n}.ipynb' for n in names] or sorted(NBS.glob('*.ipynb')):
         nb = nbformat.read(p, 4)
-        cells = above(nb) if shown else nb.cells
-        NotebookClient(nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata), timeout=None, kernel_name='python3', resources=dict(metadata=dict(path=str(NBS)))).execute()
+        part = nbformat.v4.new_notebook(cells=above(nb) if shown else nb.cells, metadata=nb.metadata)
+        with patch.dict(os.environ, IN_TEST='1'): # no progress bars in what is stored
+            NotebookClient(part, timeout=None, kernel_name='python3', resources=dict(metadata=dict(path=str(NBS)))).execute()
         tidy(nb)
         nbformat.write(nb, p)

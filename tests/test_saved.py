@@ -97,6 +97,8 @@ def test_what_stands_below_the_claim_is_made_again_alone(tmp_path, monkeypatch):
     nb = new_notebook(cells=[code("print('new')", outputs=[old]), code('#| default_exp x', outputs=[old]), code("raise SystemExit('it trained')", outputs=[old])])
     nbformat.write(nb, tmp_path/'x.ipynb')
     monkeypatch.setattr(upkeep, 'NBS', tmp_path)
+    was = os.environ.get('IN_TEST')
     upkeep.refresh(['x'], shown=True)
     first, *rest = nbformat.read(tmp_path/'x.ipynb', 4).cells
+    assert os.environ.get('IN_TEST') == was, 'later progress would be silent'
     assert [o.text for o in first.outputs] == ['new\n'] and all([o.text for o in c.outputs] == ['old\n'] for c in rest)
