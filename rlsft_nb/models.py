@@ -47,6 +47,8 @@ def _gguf(file): # where a file of one's own is
     if not file.is_file(): raise ModelError(f'model.path={str(file)!r} (gguf): no such file')
     return str(file.parent), None, file.name
 
+def _folder(m, path) -> Path: return EMBEDDED/path if m.source == 'embedded' else Path(path) # `m`: `cfg.model`
+
 def locate(model:str, # a file in params/ (goes first), one of its shipped checkpoints such as 'tiny:peak', a folder, a .gguf file, or a Hub id such as 'Qwen/Qwen2.5-7B-Instruct', with '@revision' where another than the newest is meant
            cfg=None   # resolved parameters of `model`; read from params/ where None
     ) -> tuple:       # (folder or Hub id, revision or None, gguf file name or None)
@@ -62,7 +64,7 @@ def locate(model:str, # a file in params/ (goes first), one of its shipped check
     m = (cfg if cfg and named else load_params(model)).model
     if m.source == 'hub': return m.path, m.revision or None, None
     if m.source == 'gguf': return _gguf(Path(m.path)) if m.path.endswith('.gguf') else locate(str(find_gguf(m.path)))
-    folder = EMBEDDED/m.path if m.source == 'embedded' else Path(m.path)
+    folder = _folder(m, m.path)
     if not folder.is_dir(): raise ModelError(f'model.path={m.path!r} ({m.source}): no such folder')
     return str(folder), None, None
 
@@ -74,7 +76,7 @@ def base_of(cfg, seed:int # not negative
     if not bases: return cfg.name
     if cfg.model.source not in ('embedded', 'folder'): raise ParamError(f'model.bases={bases!r}: several bases are embedded or folders, not {cfg.model.source}')
     where = bases[seed % len(bases)]
-    folder = EMBEDDED/where if cfg.model.source == 'embedded' else Path(where)
+    folder = _folder(cfg.model, where)
     if not folder.is_dir(): raise ModelError(f'model.bases={bases!r}: {where!r} is no folder')
     return str(folder)
 
