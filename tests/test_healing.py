@@ -3,6 +3,7 @@ import json
 import pytest, torch
 from rlsft_nb import healing
 from rlsft_nb.healing import *
+from rlsft_nb.game import multisets, values
 from rlsft_nb.healing import doses, dosed, runs
 from rlsft_nb.models import score
 from rlsft_nb.parameters import load_params
@@ -31,7 +32,9 @@ def test_arms_differ_in_their_hands_alone():
     assert all(isinstance(h, list) for h in own) and own != any_ and {h['rule'] for h in ood} == {'11-12-13'} and len(ood) == 128
     rules = [h['rule'] for h in varied if isinstance(h, dict)]
     assert 4 <= len(rules) <= 25 and not {'10-10-10', '11-12-13'} & {*rules}
-    assert {k: v for k, v in dosed(cfg, 'any').ppo.items() if k != 'part'} == {k: v for k, v in dosed(cfg, 'rl').ppo.items() if k != 'part'}
+    assert [dosed(load_params('tiny', dict(ppo=dict(part=p))), a).ppo.part for p in ('rl', 'any') for a in ('rl', 'pool', 'ood')] == ['rl', 'any', 'rl', 'any', 'rl', 'any'] and {tuple(sorted(values(h, '10'))) for h in own} <= {*multisets('rl')}
+    differ = {k: (v, dosed(cfg, 'rl').ppo[k]) for k, v in dosed(cfg, 'pool').ppo.items() if v != dosed(cfg, 'rl').ppo[k]}
+    assert differ == dict(part=('any', 'rl'), updates=(15, 30), keep=([4, 8], [4, 8, 15])) # the arms end at the dose of figure 1
 
 @pytest.mark.parametrize('bad', [[.5, 2.], [0., 1.], [-1., 1.]])
 def test_doses_that_cannot_be_judged_are_refused(bad, tmp_path):
@@ -46,9 +49,9 @@ def test_every_score_is_of_the_policy_at_that_dose(pico, tmp_path, monkeypatch):
     cfg = small(pico)
     st = heal_stage(cfg)
     found, curve = st.results(), curve_stage(cfg).results()
-    assert {*found['steps']} >= {'end', 'past'} and found['steps']['past'] == 9 and {'end, rl', 'end, any', 'end, ood', 'end, varied', 'past, rl'} <= {*found['runs']}
+    assert {*found['steps']} >= {'end', 'past'} and found['steps']['past'] == 9 and {'end, rl', 'end, pool', 'end, ood', 'end, varied', 'past, rl'} <= {*found['runs']}
     run = found['runs']['end, rl']
-    assert [*run['scores']] == ['0', '0.5', '1', '2'] and all(r['n'] == 16 for p in run['scores'].values() for r in p.values())
+    assert [*run['scores']] == ['0', '0.5', '1', '2'] and [*found['runs']['end, ood']['scores']] == ['0', '0.5', '1'] and all(r['n'] == 16 for p in run['scores'].values() for r in p.values())
     c = dosed(cfg, 'rl')
     train_ppo(c, kept(cfg)[curve['end']], tmp_path/'again', 0)
     for dose, where in (('0', kept(cfg)[curve['end']]), ('0.5', tmp_path/'again'/'policy-1'), ('2', tmp_path/'again'/'policy')):
