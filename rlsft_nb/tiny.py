@@ -200,6 +200,7 @@ def pretrain(folder,        # where the state, the loss curve and the base go
              corpus=None,   # `Corpus` of the seed and rank where None
              tok=None,      # `make_tokenizer()` where None
              peak:float=1e-3, # rate
+             again:tuple=(),  # steps and rate of a second round, warm-up and all
              bf16:bool=False  # products in bf16 and the trunk compiled: 1.6 times as fast on one core with AVX512-BF16
     ) -> dict:              # steps, tokens, seconds, losses (one a 50 steps)
     "Trains the base from nothing, or goes on from the state in `folder`."
@@ -214,8 +215,9 @@ def pretrain(folder,        # where the state, the loss curve and the base go
     if state.exists(): log = _resume(state, lm, opt)
     for _ in range(log['step']): next(stream)
     began, run = time.time() - log['seconds'], []
-    for step in progress(range(log['step'] + 1, steps + 1), desc='pretrain'):
-        for g in opt.param_groups: g['lr'] = rate(step, steps, peak)
+    last = steps + sum(again[:1])
+    for step in progress(range(log['step'] + 1, last + 1), desc='pretrain'):
+        for g in opt.param_groups: g['lr'] = rate(step, steps, peak) if step <= steps else rate(step - steps, *again)
         ids, labels = next(stream)
         loss = _loss(lm, ids, labels, trunk, bf16)
         loss.backward(); _average(lm)
@@ -223,7 +225,7 @@ def pretrain(folder,        # where the state, the loss curve and the base go
         opt.step(); opt.zero_grad()
         run.append(loss.item()); log['tokens'] += ids.ne(tok.pad_token_id).sum().item()*world
         if step % 50 == 0: log['losses'].append(round(sum(run)/len(run), 4)); run = []
-        if step % save == 0 or step == steps:
+        if step % save == 0 or step == last:
             log |= dict(step=step, seconds=time.time() - began)
             torch.save(dict(lm=lm.state_dict(), opt=opt.state_dict(), log=log), f'{state}.new'); os.replace(f'{state}.new', state)
     if rank == 0: lm.save_pretrained(folder/'base'); tok.save_pretrained(folder/'base'); write_json(folder/'pretrain.json', log)

@@ -105,6 +105,18 @@ def test_a_stopped_run_ends_in_the_same_weights(tmp_path, monkeypatch):
     a, b = (load_lm(str(tmp_path/x/'base'))[0].state_dict() for x in 'ab')
     assert all(torch.equal(a[k], b[k]) for k in a) and log['step'] == 15
 
+def test_a_second_round_warms_up_again_and_goes_on_from_the_first(tmp_path, monkeypatch):
+    rates, how = [], dict(size=4, width=64, layers=1, save=4)
+    class Noted(torch.optim.AdamW):
+        def step(self, *a): rates.append(self.param_groups[0]['lr']); return super().step(*a)
+    monkeypatch.setattr(torch.optim, 'AdamW', Noted)
+    pretrain(tmp_path/'a', 8, **how)
+    assert pretrain(tmp_path/'a', 8, again=(6, 5e-4), **how)['step'] == 14 # the first round is not made again
+    whole = pretrain(tmp_path/'b', 8, again=(6, 5e-4), **how)
+    assert rates[:14] == rates[14:] == [rate(s, 8) for s in range(1, 9)] + [rate(s, 6, 5e-4) for s in range(1, 7)] and rates[8] > rates[7]
+    a, b = (load_lm(str(tmp_path/x/'base'))[0].state_dict() for x in 'ab')
+    assert whole['step'] == 14 and all(torch.equal(a[k], b[k]) for k in a)
+
 # what ships
 
 def test_shipped_weights_match_their_record():
@@ -199,13 +211,13 @@ def test_hands_that_repeat_their_cards():
 def test_the_command_makes_a_base_once(tmp_path, monkeypatch, capsys):
     from rlsft_nb import digits
     asked = []
-    def few_steps(folder, steps, seed, corpus, tok, peak, **how):
-        asked.append((type(corpus).__name__, steps, seed, len(tok('100')['input_ids']), peak))
+    def few_steps(folder, steps, seed, corpus, tok, peak, again, **how):
+        asked.append((type(corpus).__name__, steps, seed, len(tok('100')['input_ids']), peak, again))
         return pretrain(folder, 2, seed, size=2, corpus=corpus, tok=tok, width=64, layers=1)
     monkeypatch.setattr(digits, 'pretrain', few_steps)
     monkeypatch.setattr(digits, 'abilities', lambda *lm: dict(here=dict(rate=.5)))
     for _ in range(2): assert digits.main(['--out', str(tmp_path/'a'), '--words', '--seed', '3']) == 0
-    assert asked == [('Practice', digits.STEPS, 3, 1, digits.PEAK)] # once
+    assert asked == [('Practice', digits.STEPS, 3, 1, digits.PEAK, digits.AGAIN)] # once
     packed = tmp_path/'a'/'packed'
     r = read_json(packed/'provenance.json')
     assert r['seed'] == 3 and r['words'] and r['step'] == 2 and r['corpus'] == corpus_sha(digits.corpus(3)) != corpus_sha(digits.corpus(0)) and r['sha256'] == sha256_file(packed/'model.safetensors')
