@@ -19,7 +19,7 @@ from .intervals import cluster_interval, mcnemar, resampled
 from .models import arithmetic, device, load_lm, load_tok
 from .parallel import map_items
 from .problems import Problem
-from .quiz import group, is_right, is_there, quiz_of
+from .quiz import answer_tokens, group, is_right, is_there, quiz_of
 from .rollouts import greedy
 from .texts import book_texts, corpus_texts, encoded, instruction_texts, spread
 
@@ -33,7 +33,7 @@ def texts_of(cfg) -> dict: # name -> `Texts`
 def settings(cfg) -> dict:
     "All that decides what is asked and read."
     quiz = hashlib.sha256(json.dumps(quiz_of(cfg)).encode()).hexdigest()
-    return dict(questions=QUESTIONS, documents=DOCUMENTS, context=CONTEXT, quiz=quiz, texts={n: t.sha256 for n, t in texts_of(cfg).items()}, tokens=cfg.eval.max_new_tokens, batch=cfg.eval.batch)
+    return dict(questions=QUESTIONS, documents=DOCUMENTS, context=CONTEXT, quiz=quiz, texts={n: t.sha256 for n, t in texts_of(cfg).items()}, tokens=answer_tokens(cfg), batch=cfg.eval.batch)
 
 # %% ../nbs/ability.ipynb #578ec8a6
 def said(where:str, cfg, asked:list, # questions
@@ -43,7 +43,7 @@ def said(where:str, cfg, asked:list, # questions
     lm, tok = load_lm(where, cfg, device(cfg), dtype)
     chats, n, out = [[dict(role='user', content=q['ask'])] for q in asked], cfg.eval.batch, []
     with arithmetic(cfg):
-        for i in range(0, len(chats), n): out += greedy(lm, tok, cfg.eval.max_new_tokens, n, once=True)(chats[i:i + n])
+        for i in range(0, len(chats), n): out += greedy(lm, tok, answer_tokens(cfg), n, once=True)(chats[i:i + n])
     return out
 
 def read(base:str, where:str, cfg, dtype:str) -> dict: # text -> (pieces, 6) sums of `measure_texts`

@@ -22,7 +22,7 @@ from .intervals import cluster_interval
 from .notices import progress
 from .origins import provenance
 from .drawing import BLACK, BLUE, GREY, INTERVALS, accuracy_axis, caption, drawn, panels, percent, rates
-from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, cards_and_target, face_values, hands, multisets, solve, values, verify
+from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, face_values, hands, multisets, solve, values, verify
 from .generation import generate
 from .models import load_lm, save_lm
 
@@ -105,6 +105,8 @@ class Corpus:
         slots |= dict(cards=gap.join(cards), j=rule[0], q=rule[1], k=rule[2])
         return q.format(**slots), a.format(**slots)
 
+    def told(self, formula, numbers=(), target=0): return formula # as an answer says it
+
     def hand(self):
         "Rule, cards, target and formula of one game."
         rule, cards = any_rule(self.rng), None
@@ -113,16 +115,11 @@ class Corpus:
             cards = deal_as(self.rng, numbers, rule)
         return rule, cards, target, formula
 
-    def over_numbers(self, numbers, target, formula) -> list: # turns as in `chat`
-        "Numbers in any order and a target, answered by a formula."
-        q, a = self.fill(MAKE, target=target, formula=formula, values=' '.join(map(str, self.rng.sample(numbers, len(numbers)))))
-        return [('user', q, False), ('assistant', a, True)]
-
     def failure(self, numbers, formula, target, cards, rule):
         "A formula that fails, and what the verifier says of it."
         rng, numbers = self.rng, list(numbers)
         kind = rng.choice(['wrong_value', 'wrong_numbers', 'illegal'])
-        if kind == 'wrong_numbers': numbers[rng.randrange(len(numbers))] = rng.randint(1, 13)
+        if kind == 'wrong_numbers': numbers[rng.randrange(4)] = rng.randint(1, 13)
         goal = rng.randint(1, 60) if kind == 'wrong_value' else target
         found = [formula + rng.choice('+-*/)'), '(' + formula] if kind == 'illegal' else solve(numbers, goal)
         if not found: return self.failure(numbers, formula, target, cards, rule)
@@ -133,18 +130,22 @@ class Corpus:
     def chat(self) -> list: # (role, text, counted) turns
         "Numbers to formula, reading a rule, a whole game, or a game with a failure before the answer."
         u = self.rng.random()
-        if u < .13: return self.over_numbers(*self.pick())
+        if u < .13:
+            numbers, target, formula = self.pick()
+            q, a = self.fill(MAKE, target=target, formula=formula, values=' '.join(map(str, self.rng.sample(numbers, len(numbers)))))
+            return [('user', q, False), ('assistant', a, True)]
         return self.game(READ if u < .25 else GAME, u >= .85)
 
     def game(self, forms, twice:bool) -> list: # `READ` or `GAME`; whether a failure goes before; turns as in `chat`
         "One hand in plain words."
         rule, cards, target, formula = self.hand()
         numbers = values(cards, rule)
-        q, a = self.fill(forms, rule, cards, target=target, formula=formula, values=' '.join(map(str, numbers)), listed=', '.join(map(str, numbers)))
+        said = self.told(formula, numbers, target)
+        q, a = self.fill(forms, rule, cards, target=target, formula=said, values=' '.join(map(str, numbers)), listed=', '.join(map(str, numbers)))
         turns = [('user', q, False), ('assistant', a, True)]
         if not twice: return turns
         wrong, why = self.failure(numbers, formula, target, cards, rule)
-        return [turns[0], ('assistant', a.replace(f'{formula}={target}', f'{wrong}={target}'), False), ('user', RETRY.format(reason=why), False), turns[1]]
+        return [turns[0], ('assistant', a.replace(f'{said}={target}', f'{self.told(wrong)}={target}'), False), ('user', RETRY.format(reason=why), False), turns[1]]
 
 # %% ../nbs/tiny.ipynb #7e4b99e0
 def encode_chat(tok, chat) -> tuple: # (ids, labels), lists of int; label -100 where no loss is counted
@@ -199,15 +200,15 @@ def pretrain(folder,        # where the state, the loss curve and the base go
              width:int=192, layers:int=4, save:int=250,
              corpus=None,   # `Corpus` of the seed and rank where None
              tok=None,      # `make_tokenizer()` where None
+             start='',      # folder of weights to begin from; random where empty
              peak:float=1e-3, # rate
-             again:tuple=(),  # steps and rate of a second round, warm-up and all
              bf16:bool=False  # products in bf16 and the trunk compiled: 1.6 times as fast on one core with AVX512-BF16
     ) -> dict:              # steps, tokens, seconds, losses (one a 50 steps)
     "Trains the base from nothing, or goes on from the state in `folder`."
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     tok, folder = tok or make_tokenizer(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lm, state = new_model(tok, seed, width, layers), folder/f'state-{rank}.pt'
+    lm, state = load_lm(start)[0].train() if start else new_model(tok, seed, width, layers), folder/f'state-{rank}.pt'
     trunk = torch.compile(lm.model, dynamic=True) if bf16 else lm.model
     opt = torch.optim.AdamW(lm.parameters(), weight_decay=.01, betas=(.9, .95), fused=True)
     log = dict(step=0, tokens=0, seconds=0., device=provenance()['device'], processes=world, losses=[])
@@ -215,9 +216,8 @@ def pretrain(folder,        # where the state, the loss curve and the base go
     if state.exists(): log = _resume(state, lm, opt)
     for _ in range(log['step']): next(stream)
     began, run = time.time() - log['seconds'], []
-    last = steps + sum(again[:1])
-    for step in progress(range(log['step'] + 1, last + 1), desc='pretrain'):
-        for g in opt.param_groups: g['lr'] = rate(step, steps, peak) if step <= steps else rate(step - steps, *again)
+    for step in progress(range(log['step'] + 1, steps + 1), desc='pretrain'):
+        for g in opt.param_groups: g['lr'] = rate(step, steps, peak)
         ids, labels = next(stream)
         loss = _loss(lm, ids, labels, trunk, bf16)
         loss.backward(); _average(lm)
@@ -225,7 +225,7 @@ def pretrain(folder,        # where the state, the loss curve and the base go
         opt.step(); opt.zero_grad()
         run.append(loss.item()); log['tokens'] += ids.ne(tok.pad_token_id).sum().item()*world
         if step % 50 == 0: log['losses'].append(round(sum(run)/len(run), 4)); run = []
-        if step % save == 0 or step == last:
+        if step % save == 0 or step == steps:
             log |= dict(step=step, seconds=time.time() - began)
             torch.save(dict(lm=lm.state_dict(), opt=opt.state_dict(), log=log), f'{state}.new'); os.replace(f'{state}.new', state)
     if rank == 0: lm.save_pretrained(folder/'base'); tok.save_pretrained(folder/'base'); write_json(folder/'pretrain.json', log)
@@ -251,19 +251,17 @@ def main(argv:list=None) -> int: # exit code
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__
 
 # %% ../nbs/tiny.ipynb #65a9cc2d
-def free_form(lm, tok, hands:list, # of ranks, or dicts of cards and target
-              rule, target:int=24  # of hands that bring none
-    ) -> dict:                     # rate, lo, hi, n, multisets, read (share that list the right values)
+def free_form(lm, tok, hands:list, rule, target:int=24) -> dict: # rate, lo, hi, n, multisets, read (share that list the right values)
     "Accuracy of plain-words answers."
-    (j, k, l), dealt = face_values(rule), [cards_and_target(h, target) for h in hands]
+    j, k, l = face_values(rule)
     asked = [GAME[i % len(GAME)] for i in range(len(hands))]
-    chats = [[dict(role='user', content=q.format(target=t, cards=gap.join(h), j=j, q=k, k=l))] for (q, _, gap), (h, t) in zip(asked, dealt)]
-    said = generate(lm, tok, chats, max_new_tokens=64)
-    found = [re.search(rf'([-+*/()0-9]+)={t}\s*$', s) for s, (_, t) in zip(said, dealt)]
-    hits = [bool(f) and verify(f'{{"formula": "{f[1]}"}}', h, rule, t).correct for f, (h, t) in zip(found, dealt)]
-    groups = [tuple(sorted(values(h, rule))) for h, _ in dealt]
+    chats = [[dict(role='user', content=q.format(target=target, cards=gap.join(h), j=j, q=k, k=l))] for (q, _, gap), h in zip(asked, hands)]
+    said = generate(lm, tok, chats, max_new_tokens=192)
+    found = [re.search(rf'([-+*/()0-9]+)={target}\s*$', s) for s in said]
+    hits = [bool(f) and verify(f'{{"formula": "{f[1]}"}}', h, rule, target).correct for f, h in zip(found, hands)]
+    groups = [tuple(sorted(values(h, rule))) for h in hands]
     lo, hi = cluster_interval(hits, groups)
-    read = sum(' '.join(map(str, values(h, rule))) in s for s, (h, _) in zip(said, dealt))/len(hands)
+    read = sum(' '.join(map(str, values(h, rule))) in s for s, h in zip(said, hands))/len(hands)
     return dict(rate=sum(hits)/len(hits), lo=lo, hi=hi, n=len(hits), multisets=len(set(groups)), read=read)
 
 def knowledge(lm, tok) -> dict: # 'ID known', 'ID kept out', 'OOD known', 'OOD kept out' -> record of `free_form`
@@ -272,10 +270,10 @@ def knowledge(lm, tok) -> dict: # 'ID known', 'ID kept out', 'OOD known', 'OOD k
     return {name: free_form(lm, tok, h, rule) for name, (h, rule) in ask.items()}
 
 # %% ../nbs/tiny.ipynb #c2dbc28a
-def corpus_sha(corpus, n:int=1000 # of a seed, from its beginning
-    ) -> str:                     # 64 hex digits
+def corpus_sha(seed:int=0, n:int=1000) -> str: # 64 hex digits
     "Hash of the first `n` chats."
-    return hashlib.sha256(repr([corpus.chat() for _ in range(n)]).encode()).hexdigest()
+    c = Corpus(seed)
+    return hashlib.sha256(repr([c.chat() for _ in range(n)]).encode()).hexdigest()
 
 def pack(folder, # of `pretrain`
          to,     # folder in the package
@@ -287,7 +285,7 @@ def pack(folder, # of `pretrain`
     lm, tok = load_lm(str(to))
     log = read_json(Path(folder)/'pretrain.json')
     size = dict(parameters=sum(p.numel() for p in lm.parameters()), vocabulary=len(tok), width=lm.config.hidden_size, layers=lm.config.num_hidden_layers)
-    made = dict(corpus=corpus_sha(Corpus(seed)), seed=seed, kept_out=len(multisets('kept')), **size, steps=log['step'], tokens=log['tokens'], seconds=round(log['seconds']), device=log['device'], processes=log['processes'],
+    made = dict(corpus=corpus_sha(seed), seed=seed, kept_out=len(multisets('kept')), **size, steps=log['step'], tokens=log['tokens'], seconds=round(log['seconds']), device=log['device'], processes=log['processes'],
                 losses=log['losses'], knowledge=knowledge(lm, tok), sha256=sha256_file(Path(to)/'model.safetensors'))
     return read_json(write_json(Path(to)/'provenance.json', made | {k: v for k, v in provenance().items() if k in ('commit', 'versions', 'python')}))
 

@@ -9,7 +9,7 @@ from rlsft_nb.problems import Problem
 from rlsft_nb.gallery import FIGURES, main, published, redraw, redraw_all, verdicts_of
 from rlsft_nb.papermill_line import NBS
 
-MADE = sorted(p for m in ('tiny', 'smollm2_cpu', 'digits') for p in (ROOT/'figures'/m).glob('*.png'))
+MADE = sorted(p for m in ('tiny', 'smollm2_cpu') for p in (ROOT/'figures'/m).glob('*.png'))
 @pytest.fixture(autouse=True)
 def _published(monkeypatch): monkeypatch.setenv('RLSFT_FIGURES', str(ROOT/'figures'))
 
@@ -23,9 +23,9 @@ def test_verdicts_below_the_claim_are_those_of_the_published_records(book):
 def test_every_picture_has_an_entry():
     assert MADE and {stem(p) for p in MADE} <= set(FIGURES)
 
-@pytest.mark.parametrize('model, name', sorted({('digits' if p.parent.name == 'digits' else 'tiny', stem(p)) for p in MADE if stem(p) in FIGURES}))
-def test_words_of_a_figure(model, name):
-    fig = redraw(name, model)
+@pytest.mark.parametrize('name', sorted({stem(p) for p in MADE if stem(p) in FIGURES}))
+def test_words_of_a_figure(name):
+    fig = redraw(name)
     title = fig.get_suptitle()
     small = ''.join(t.get_text() for t in (fig.legends[0].get_title(),)) if fig.legends else fig.get_supxlabel()
     assert title and len(title) < 180 and small

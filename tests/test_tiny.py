@@ -13,7 +13,7 @@ from rlsft_nb import tiny
 from rlsft_nb.tiny import *
 
 TOK = make_tokenizer()
-SHIPPED, CALCULATES = shipped('tiny'), ['digits', 'tiny_words'] # made by nbs/tiny.ipynb, by nbs/digits.ipynb
+SHIPPED = shipped('tiny')
 
 @given(st.text())
 def test_any_text_round_trips(text): assert TOK.decode(TOK(text)['input_ids']) == text
@@ -25,7 +25,7 @@ def test_shipped_tokenizer_is_the_one_this_code_makes():
 def test_every_shipped_folder_loads_as_it_is(name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     lm, tok = AutoModelForCausalLM.from_pretrained(shipped(name)), AutoTokenizer.from_pretrained(shipped(name))
-    own = make_tokenizer(words=read_json(shipped(name.partition(':')[0])/'provenance.json').get('words', True))
+    own = TOK if name.partition(':')[0] == 'tiny' else make_tokenizer(words=False)
     assert lm.dtype == torch.bfloat16 and tok.get_vocab() == own.get_vocab() and tok.chat_template == TOK.chat_template and len(tok) == lm.config.vocab_size
 
 def test_the_game_is_short_in_tokens():
@@ -105,25 +105,13 @@ def test_a_stopped_run_ends_in_the_same_weights(tmp_path, monkeypatch):
     a, b = (load_lm(str(tmp_path/x/'base'))[0].state_dict() for x in 'ab')
     assert all(torch.equal(a[k], b[k]) for k in a) and log['step'] == 15
 
-def test_a_second_round_warms_up_again_and_goes_on_from_the_first(tmp_path, monkeypatch):
-    rates, how = [], dict(size=4, width=64, layers=1, save=4)
-    class Noted(torch.optim.AdamW):
-        def step(self, *a): rates.append(self.param_groups[0]['lr']); return super().step(*a)
-    monkeypatch.setattr(torch.optim, 'AdamW', Noted)
-    pretrain(tmp_path/'a', 8, **how)
-    assert pretrain(tmp_path/'a', 8, again=(6, 5e-4), **how)['step'] == 14 # the first round is not made again
-    whole = pretrain(tmp_path/'b', 8, again=(6, 5e-4), **how)
-    assert rates[:14] == rates[14:] == [rate(s, 8) for s in range(1, 9)] + [rate(s, 6, 5e-4) for s in range(1, 7)] and rates[8] > rates[7]
-    a, b = (load_lm(str(tmp_path/x/'base'))[0].state_dict() for x in 'ab')
-    assert whole['step'] == 14 and all(torch.equal(a[k], b[k]) for k in a)
-
 # what ships
 
 def test_shipped_weights_match_their_record():
     r = read_json(SHIPPED/'provenance.json')
     assert sha256_file(SHIPPED/'model.safetensors') == r['sha256']
     assert sum(p.stat().st_size for p in SHIPPED.iterdir()) <= 12e6
-    assert corpus_sha(Corpus(r['seed'])) == r['corpus'], 'the corpus of this code is not the one the base was trained on'
+    assert corpus_sha(r['seed']) == r['corpus'], 'the corpus of this code is not the one the base was trained on'
     lm, tok = load_lm('tiny')
     assert sum(p.numel() for p in lm.parameters()) == r['parameters'] and len(tok) == r['vocabulary']
     assert lm.lm_head.weight is not lm.model.embed_tokens.weight
@@ -138,88 +126,131 @@ def test_shipped_base_reaches_the_mark():
 
 # the base that calculates
 
-def test_practised_pairs_and_those_kept_out_are_apart_and_all_there_are():
-    from rlsft_nb.practice import TARGETS, kept_pair, pairs, plainness
-    for cards, known in ((2, 197), (3, 3847), (4, 54640)):
-        parts, kept = {p: pairs(cards, p) for p in ('known', 'pair', 'multiset')}, set(multisets('kept', cards))
-        at = {p: {(m, t) for m, t, _ in found} for p, found in parts.items()}
-        assert len(at['known']) == len(parts['known']) == known and not at['known'] & at['pair'] and not at['known'] & at['multiset'] and not at['pair'] & at['multiset']
-        assert not any(m in kept or kept_pair(m, t) for m, t in at['known']) and {m for m, _ in at['multiset']} <= kept and all(kept_pair(m, t) for m, t in at['pair'])
-        for m, t, f in random.Random(0).sample(parts['known'], 190): assert evaluate(f)[1] == t and sorted(map(int, re.findall(r'\d+', f))) == sorted(m)
-        if cards < 4: assert {x for p in at.values() for x in p} == {(m, t) for m in itertools.combinations_with_replacement(range(1, 14), cards) for t in TARGETS if solve(m, t)}
+def test_digits_keep_their_pairs_and_multisets_apart():
+    from rlsft_nb.practice import Practice, kept_pair, pairs, plainness
+    four, kept = pairs(4), set(multisets('kept'))
+    assert not any(m in kept or kept_pair(m, t) for m, t, _ in four) and len({(m, t) for m, t, _ in four}) == len(four) == 54640
+    assert all(evaluate(f)[1] == t and sorted(map(int, re.findall(r'\d+', f))) == sorted(m) for m, t, f in random.Random(0).sample(four, 300))
     assert [min(solve(m, t), key=plainness) for m, t in (((1, 2, 3, 4), 24), ((2, 5, 8, 10), 25))] == ['4*3*2*1', '10+8+5+2']
-
-def test_every_target_is_practised_alike_in_every_size():
-    from rlsft_nb.practice import Practice
-    c, sizes, shown = Practice(3), collections.Counter(), set()
-    for _ in range(1000): numbers, target, _ = c.pick(.06, .44); shown.add(target); sizes[len(numbers)] += 1
-    assert shown == {*range(1, 61)} and 40 <= sizes[2] <= 85 and 390 <= sizes[3] <= 490
+    c, shown = Practice(3), set()
+    for _ in range(400): numbers, target, _ = c.pick(); shown.add(target)
+    assert len(shown) > 50 # every target alike, not mostly 24
     rule, cards, target, formula = c.hand()
-    assert sorted(values(cards, rule)) == sorted(map(int, re.findall(r'\d+', formula))) and evaluate(formula)[1] == target
+    assert sorted(values(cards, rule)) == sorted(map(int, re.findall(r'\d+', formula))) and 1 <= target <= 60
 
 def test_digits_spell_numbers_and_the_record_is_of_the_weights_that_ship():
-    from rlsft_nb.digits import corpus
     tok = make_tokenizer(words=False)
     assert [len(tok(n)['input_ids']) for n in ('7', '13', '100')] == [1, 2, 3] and tok.decode(tok('13*10')['input_ids']) == '13*10'
-    for name in CALCULATES:
-        r = read_json(shipped(name)/'provenance.json')
-        assert r['sha256'] == sha256_file(shipped(name)/'model.safetensors') and r['words'] == (name == 'tiny_words')
-        assert corpus_sha(corpus(r['seed'])) == r['corpus'], 'the corpus of this code is not the one the base was trained on'
+    r = read_json(shipped('digits')/'provenance.json')
+    assert r['sha256'] == sha256_file(shipped('digits')/'model.safetensors') and set(r['abilities']) == {f'{a} {b}' for a in ('ID', 'OOD') for b in ('known', 'pair kept out', 'multiset kept out')}
 
-@pytest.mark.parametrize('name', CALCULATES)
-def test_a_base_calculates(name):
-    r = read_json(shipped(name)/'provenance.json')['abilities']
-    assert {*r} == {f'{a} {b}' for a in ('ID', 'OOD') for b in ('known', 'pair kept out', 'multiset kept out')} and all(v['n'] == 400 for v in r.values())
-    for rule in ('ID', 'OOD'):
-        for kept in ('pair', 'multiset'): assert .35 <= r[f'{rule} {kept} kept out']['rate'] and r[f'{rule} known']['rate'] <= r[f'{rule} {kept} kept out']['rate'] + .25
-    from rlsft_nb.digits import dealt
-    from rlsft_nb.practice import pairs
-    again = free_form(*load_lm(name), dealt([p for p in pairs(3, 'pair') if max(p[0]) > 10], (11, 12, 13), 100), '11-12-13')
-    assert abs(again['rate'] - r['OOD pair kept out']['rate']) < .2 and again['read'] >= .9
+def test_reach_has_every_value_that_formulas_make():
+    from rlsft_nb.practice import reach
+    for m in ((4,), (3, 8), (2, 2, 7), (1, 5, 11, 12), (5, 5, 5, 5)):
+        whole = {v for v in reach(m) if type(v) is int}
+        assert {t for t in range(1, 101) if solve(m, t)} == {v for v in whole if 1 <= v <= 100} and min(reach(m)) >= 0
+        assert all(type(v) is int or v.denominator > 1 for v in reach(m))
 
-def test_abilities_are_asked_of_the_right_hands(monkeypatch):
-    from rlsft_nb import digits
-    from rlsft_nb.practice import kept_pair
-    asked = {}
-    monkeypatch.setattr(digits, 'free_form', lambda lm, tok, hands, rule: asked.setdefault(len(asked), (hands, rule)))
-    names, kept = list(digits.abilities(None, None, 60)), set(multisets('kept', 3))
-    for name, (hands_, rule) in zip(names, asked.values(), strict=True):
-        ms = [(tuple(sorted(values(h['cards'], rule))), h['target']) for h in hands_]
-        assert len(ms) == 60 and all(len(m) == 3 and solve(m, t) for m, t in ms) and {max(m) > 10 for m, _ in ms} == {name.startswith('OOD')}
-        assert {m in kept for m, _ in ms} == {'multiset' in name} and ('multiset' in name or {kept_pair(m, t) for m, t in ms} == {'pair' in name})
+def ends(pool): # every value of a list of numbers, none of the results below zero; a plain way
+    if len(pool) == 1: return {pool[0]}
+    out = set()
+    for i, j in itertools.permutations(range(len(pool)), 2):
+        a, b, rest = pool[i], pool[j], [x for k, x in enumerate(pool) if k not in (i, j)]
+        for v in (a + b, a*b, *([a - b] if a >= b else []), *([a/b] if b else [])): out |= ends([v, *rest])
+    return out
+
+def test_a_try_is_as_near_as_its_beginning_allows():
+    from fractions import Fraction
+    from rlsft_nb.practice import TARGETS, kept_pair, search
+    for numbers, t in (((4, 7, 11, 11), 37), ((12, 8, 5, 13), 40), ((10, 3, 5, 3), 40), ((3, 8, 3, 8), 24)):
+        for chain in search(numbers, t).partition(' so ')[0].split(', '):
+            a, b = map(int, re.match(r'(\d+)[-+*/](\d+)=', chain).groups())
+            rest = list(numbers); rest.remove(a); rest.remove(b)
+            found = set().union(*(ends([Fraction(v), *map(Fraction, rest)]) for v in (a + b, abs(a - b), a*b, Fraction(a, b), Fraction(b, a))))
+            nearest = min(abs(v - t) for v in found if v == t or v in TARGETS and not kept_pair(numbers, int(v)))
+            assert abs(int(chain.rpartition('=')[2]) - t) == nearest, chain
+
+def test_a_search_is_honest_and_in_order_and_keeps_what_is_kept():
+    from rlsft_nb.practice import kept_pair, pairs, search
+    rng, tries = random.Random(1), collections.Counter()
+    for m, t, _ in rng.sample(pairs(4) + pairs(3), 400):
+        numbers = tuple(rng.sample(m, len(m)))
+        said, _, formula = search(numbers, t).partition(' so ')
+        assert evaluate(formula)[1] == t and sorted(map(int, re.findall(r'\d+', formula))) == sorted(m)
+        order = [sorted(p) for p in itertools.combinations(numbers, 2)]
+        begins = []
+        for chain in said.split(', '):
+            ops = chain.split(' ')
+            for op in ops: # each is true
+                made, _, v = op.partition('=')
+                sign = next(s for s in '+-*/' if any(eval_exact(f'({x}){s}({y})') == eval_exact(v) for x, _, y in [made.partition(s)] if x and y))
+            begins.append(sorted(map(int, re.match(r'(\d+)[-+*/](\d+)=', ops[0]).groups())))
+            ends = eval_exact(ops[-1].partition('=')[2])
+            assert (ends == t) is (chain == said.split(', ')[-1]) and (ends == t or not kept_pair(m, ends)) and len(ops) == len(m) - 1
+        assert [order.index(b) for b in begins] == sorted(order.index(b) for b in begins) and len({*map(tuple, begins)}) == len(begins)
+        tries[len(begins)] += 1
+    assert tries[1] > 150 and sum(tries.values()) - tries[1] > 50
+    with pytest.raises(ValueError, match='nothing makes 24'): search((1, 1, 1, 1), 24)
+
+def test_a_hand_in_plain_words_searches_with_the_numbers_that_it_read():
+    from rlsft_nb.practice import Practice
+    c = Practice(4)
+    found = [x for x in (c.chat() for _ in range(300)) if len(x) == 2 and ' so ' in x[1][1] and x[0][1].startswith('Cards')]
+    for (_, asked, _), (_, said, counted) in found:
+        listed, _, worked = said.removeprefix('numbers ').partition(' : ')
+        formula, _, target = worked.partition(' so ')[2].partition('=')
+        assert counted is True and evaluate(formula)[1] == int(target) and sorted(re.findall(r'\d+', formula)) == sorted(listed.split()) and asked.endswith(f'reach {target}.')
+    assert len(found) > 10
 
 def test_hands_that_repeat_their_cards():
-    from rlsft_nb.practice import Practice, kept_pair
-    c, kinds = Practice(5), collections.Counter()
+    from rlsft_nb.practice import Cards, kept_pair
+    c, kinds = Cards(5), collections.Counter()
     for _ in range(500):
         (_, asked, _), *_, (_, said, _) = c.chat()
-        if not (cards := re.search(r'(?:hold|Cards:?|Read|of|do) ([^.;]*?)(?:[.;\n]|$| as| and| count)', asked)) or asked.startswith(('Make', 'Which')): continue
+        if not (cards := re.search(r'(?:hold|Cards:?|Read|of) ([^.;]*?)(?:[.;\n]|$| as| and)', asked)) or asked.startswith(('Make', 'Which')): continue
         ranks = re.findall(r'10|[2-9AJQK]', cards[1])
         rule = tuple(int(re.search(rf'{f}"?(?:=| is | as )(\d+)', asked)[1]) for f in 'JQK') if not asked.startswith('Rule') else tuple(map(int, re.match(r'Rule (\d+)/(\d+)/(\d+)', asked).groups()))
         worth = values(ranks, rule)
         record = said[0] in '{['
-        assert len(ranks) in (3, 4) and (', ' if record else ' ').join(map(str, worth)) in said
-        if record: # as the game's answer: quotes, brackets, and other keys
+        assert len(ranks) == 4 and (', ' if record else ' ').join(map(str, worth)) in said
+        if record: # as the game's answer: quotes, brackets, the formula alone, and other keys
             assert re.findall(r'"(10|[2-9AJQK])"', said) == ranks and '"cards"' not in said and '"number"' not in said and '"formula"' not in said
             body = re.search(r'([-+*/()\d]+)=(\d+)"?}?$', said)
-            assert body is None and 'Read' in asked or evaluate(body[1])[1] == int(body[2]) and not kept_pair(worth, int(body[2]))
-        elif 'epeat' in asked: assert re.findall(r'10|[2-9AJQK]', said)[:len(ranks)] == ranks
+            assert body is None and 'Read' in asked or evaluate(body[1])[1] == int(body[2]) and not kept_pair(worth, int(body[2])) and '=' not in said.replace(body[0], '')
+        elif 'epeat' in asked: assert re.findall(r'10|[2-9AJQK]', said)[:4] == ranks
         kinds['record' if record else 'words' if 'epeat' in asked else 'plain'] += 1
-        kinds[len(ranks)] += 1
-    assert min(kinds[k] for k in ('record', 'words', 'plain')) > 35 and kinds[3] > kinds[4] > 30, kinds
+    assert min(kinds[k] for k in ('record', 'words', 'plain')) > 35, kinds
 
-def test_the_command_makes_a_base_once(tmp_path, monkeypatch, capsys):
+def test_the_command_makes_a_base_lesson_by_lesson(tmp_path, monkeypatch, capsys):
     from rlsft_nb import digits
     asked = []
-    def few_steps(folder, steps, seed, corpus, tok, peak, again, **how):
-        asked.append((type(corpus).__name__, steps, seed, len(tok('100')['input_ids']), peak, again))
-        return pretrain(folder, 2, seed, size=2, corpus=corpus, tok=tok, width=64, layers=1)
+    def few_steps(folder, steps, seed, corpus, tok, start, **how):
+        asked.append((type(corpus).__name__, steps, seed, Path(start).parent.name, how['peak']))
+        return pretrain(folder, 2, seed, size=2, corpus=corpus, tok=tok, start=start, **({} if start else dict(width=64, layers=1)))
     monkeypatch.setattr(digits, 'pretrain', few_steps)
     monkeypatch.setattr(digits, 'abilities', lambda *lm: dict(here=dict(rate=.5)))
     for _ in range(2): assert digits.main(['--out', str(tmp_path/'a'), '--words', '--seed', '3']) == 0
-    assert asked == [('Practice', digits.STEPS, 3, 1, digits.PEAK, digits.AGAIN)] # once
+    assert asked == [('Formulas', digits.LESSONS['formulas'][1], 3, '', 1.5e-3), ('Practice', digits.LESSONS['practice'][1], 3, 'formulas', 1e-3), ('Cards', digits.LESSONS['cards'][1], 3, 'practice', 7e-4)] # each once
     packed = tmp_path/'a'/'packed'
     r = read_json(packed/'provenance.json')
-    assert r['seed'] == 3 and r['words'] and r['step'] == 2 and r['corpus'] == corpus_sha(digits.corpus(3)) != corpus_sha(digits.corpus(0)) and r['sha256'] == sha256_file(packed/'model.safetensors')
-    (lm, tok), (last, _) = load_lm(str(packed)), load_lm(str(tmp_path/'a'/'base'))
-    assert capsys.readouterr().out.count("{'here': 0.5}") == 2 and torch.equal(lm.lm_head.weight.float(), last.lm_head.weight.bfloat16().float())
+    assert r['seed'] == 3 and {*r['lessons']} == {*digits.LESSONS} and r['lessons']['practice']['step'] == 2 and r['sha256'] == sha256_file(packed/'model.safetensors')
+    lm, tok = load_lm(str(packed))
+    assert len(tok('100')['input_ids']) == 1 and capsys.readouterr().out.count("{'here': 0.5}") == 2
+    last, _ = load_lm(str(tmp_path/'a'/'cards'/'base'))
+    assert torch.equal(lm.lm_head.weight.float(), last.lm_head.weight.bfloat16().float())
+    asked.clear()
+    assert digits.main(['--out', str(tmp_path/'b'), '--start', str(packed), '--lesson', 'cards']) == 0
+    assert [a[:4] for a in asked] == [('Cards', digits.LESSONS['cards'][1], 0, 'a')] and {*read_json(tmp_path/'b'/'packed'/'provenance.json')['lessons']} == {'cards'}
+
+def test_a_base_that_goes_on_keeps_its_tokenizer(tmp_path, capsys):
+    from rlsft_nb import digits
+    with pytest.raises(SystemExit): digits.main(['--out', str(tmp_path/'a'), '--start', str(shipped('digits')), '--words'])
+    assert '--start has a tokenizer of its own' in capsys.readouterr().err and not (tmp_path/'a').exists()
+
+def test_training_goes_on_from_given_weights(tmp_path):
+    from rlsft_nb.practice import Practice
+    tok = make_tokenizer(words=False)
+    first = pretrain(tmp_path/'a', 10, size=4, width=64, layers=1, corpus=Practice(0), tok=tok, save=2)
+    more = pretrain(tmp_path/'b', 5, size=4, corpus=Practice(1), tok=tok, start=str(tmp_path/'a'/'base'), peak=1e-9, save=2)
+    a, b = (load_lm(str(tmp_path/n/'base'))[0].state_dict() for n in 'ab')
+    assert first['step'] == 10 and more['step'] == 5 and all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
