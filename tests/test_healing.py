@@ -27,7 +27,7 @@ def test_starts_by_validation_hands(peak, expected):
 
 def test_arms_differ_in_their_hands_alone():
     cfg = load_params('tiny')
-    own, any_, ood, varied = (rl_hands(dosed(cfg, a), 0, 1) for a in ARMS)
+    own, any_, ood, varied = (rl_hands(dosed(cfg, a), 0, 1) for a in arms(cfg))
     assert doses(cfg) == {'0.25': 4, '0.5': 8, '1': 15, '2': 30} and dosed(cfg, 'rl').ppo.keep == [4, 8, 15]
     assert all(isinstance(h, list) for h in own) and own != any_ and {h['rule'] for h in ood} == {'11-12-13'} and len(ood) == 128
     rules = [h['rule'] for h in varied if isinstance(h, dict)]
