@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['ROOMS', 'KNOWN', 'FIELDS', 'MEASURED', 'NEEDS', 'load_claims', 'at_seed', 'shown', 'beside', 'judge_claim',
-           'judge_claims', 'tally', 'verdict_text', 'seeds_text', 'here_text', 'heading', 'to_markdown', 'table']
+           'run_again', 'judge_claims', 'tally', 'verdict_text', 'seeds_text', 'here_text', 'heading', 'to_markdown',
+           'table']
 
 # %% ../nbs/07_claims.ipynb #c878ecd6
 import re
 from statistics import fmean
 from . import measures, measures_restore, measures_rivals, measures_spectra
 from .claim_records import Absent, Records, Untestable, command
-from .records import seeds_of
+from .files import read_json
+from .records import run_key, seeds_of
 from .parameters import load_params, yaml_mapping
-from .places import params_dir
+from .places import figures_dir, params_dir
 from .problems import ParamError, near, Damaged, Problem
 from .verdicts import Markdown, cell_text
 from .judging import VERDICTS, inside, interval, judge, over_seeds, seen, threshold, told
@@ -101,11 +103,12 @@ def _chance(found) -> bool:
 
 def judge_claim(c:dict, records:dict, # as in `at_seed`
                 cfg, gets:list,       # `Records` of each seed
-                conf:float=.95
+                conf:float=.95,
+                again:dict={}         # seed as text -> verdict of the same seed in other arithmetic
     ) -> dict:                        # see `judge_claims`
     "A claim at every seed, and what they say together."
     out = {k: c.get(k, '') for k in ('id', 'version', 'at', 'claim', 'paper', 'quantity', 'control', 'fixed')} | dict(threshold=threshold(c['test'], c.get('unit', '')))
-    out |= dict(each=[], seeds=[], over=None, n=None, here='', interval='', beside='', seen='', chance=False, verdict='not testable here', why=c.get('why', ''))
+    out |= dict(each=[], seeds=[], over=None, n=None, here='', interval='', beside='', seen='', again={}, chance=False, verdict='not testable here', why=c.get('why', ''))
     if c['test']['kind'] == 'none': return out
     out['each'] = each = [at_seed(c, records, get, cfg) for get in (gets[:1] if c.get('once') else gets)]
     found = [e for e in each if 'value' in e]
@@ -115,15 +118,21 @@ def judge_claim(c:dict, records:dict, # as in `at_seed`
     (text, span), chance = shown(found, o, c['unit']), _chance(found)
     verdict = VERDICTS[1] if chance and o['verdict'] == 'holds' else o['verdict']
     return out | dict(why='', seeds=[] if c.get('once') else [e['seed'] for e in found], over=o, n=found[0].get('n'), here=text, interval=span,
-                      beside=beside(found, c['unit']), seen=_seen(found, o, c['unit'])*(verdict == 'within noise'), chance=chance, verdict=verdict)
+                      beside=beside(found, c['unit']), again={e['seed']: v for e in found if (v := again.get(f"{e['seed']}", e['verdict'])) != e['verdict']}, seen=_seen(found, o, c['unit'])*(verdict == 'within noise'), chance=chance, verdict=verdict)
 
 # %% ../nbs/07_claims.ipynb #fc5163b3
+def run_again(cfg) -> dict: # cpu, seeds, verdicts: claim -> seed as text -> verdict; empty where none was
+    "Verdicts of published seeds that were run once more in other arithmetic (`rlsft agree --keep`)."
+    path = figures_dir(cfg.name)/'again.json'
+    return read_json(path) if path.is_file() and not run_key(cfg) else {}
+
 def judge_claims(cfg, seeds:list, # of `load_params`; whose records are judged
                  folder=None      # where they are; where None as `home` says
     ) -> dict:                    # model, seeds, conf, papers, sections, tests, claims, numbers, sweep, files, stages
     "Every claim, paper by paper."
     t, gets = load_claims(), [Records(cfg, s, folder) for s in seeds]
-    claims = [judge_claim(c, t['records'], cfg, gets, t['conf']) for c in t['claims']]
+    again = run_again(cfg).get('verdicts', {})
+    claims = [judge_claim(c, t['records'], cfg, gets, t['conf'], again.get(c['id'], {})) for c in t['claims']]
     read = [f for get in gets for f in get.files.values()]
     stages = {n: s for f in read for n, s in f['record'].get('stages', {}).items()}
     return dict(model=cfg.name, seeds=list(seeds), conf=t['conf'], papers=t['papers'], sections=t['sections'], tests=t['tests'], claims=claims, **own_numbers(t['numbers']),
@@ -143,9 +152,10 @@ def verdict_text(c:dict) -> str: # of `judge_claims`
     return c['verdict'] + more
 
 def seeds_text(c:dict) -> str: # of `judge_claims`
-    "How single seeds came out; empty where there is one."
+    "How single seeds came out, where there are several, and which did so otherwise in other arithmetic."
     each = [e['verdict'] for e in c['each'] if 'value' in e]
-    return f"{len(each)} seeds: " + ', '.join(f'{v} {each.count(v)}' for v in VERDICTS if v in each) if len(each) > 1 else ''
+    many = f"{len(each)} seeds: " + ', '.join(f'{v} {each.count(v)}' for v in VERDICTS if v in each) if len(each) > 1 else ''
+    return '; '.join(filter(None, (many, *(f'not stable: seed {s} in other arithmetic: {v}' for s, v in c.get('again', {}).items()))))
 
 def here_text(c:dict) -> str:
     "The measured value with interval and seeds."

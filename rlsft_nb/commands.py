@@ -125,6 +125,7 @@ def _report(p):
 
 def _agree(p):
     p.add_argument('--model', default='tiny', help='a file in params/ (default: tiny)')
+    p.add_argument('--keep', action='store_true', help='keep the verdicts of this run as figures/MODEL/again.json: claims whose verdict differs then say so')
     _shared(p)
 
 def _clean(p):

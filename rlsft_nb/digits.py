@@ -15,27 +15,28 @@ from .files import read_json, sha256_file, write_json
 from .game import multisets
 from .models import load_lm, load_tok, save_lm
 from .origins import provenance
-from .practice import Cards, Formulas, Practice, kept_pair
+from .practice import Cards, Formulas, Practice, Three, kept_pair, pairs
 from .products import keeps_fp32, products
 from .tiny import deal_as, free_form, make_tokenizer, pretrain
 
 # %% ../nbs/digits.ipynb #186994cc
-def dealt(ms:list, rule:tuple, n:int, seed:int=0) -> list: # of four ranks each
-    "`n` hands that count these multisets under a rule, spread evenly."
+def dealt(some:list, rule:tuple, n:int, seed:int=0) -> list: # pairs (numbers, target); dicts of cards and target
+    "`n` hands that count these numbers under a rule, spread evenly."
     rng = random.Random(seed)
-    return [deal_as(rng, ms[i % len(ms)], rule) for i in range(n)]
+    some = random.Random(3).sample(some, len(some))
+    return [dict(cards=deal_as(rng, m, rule), target=t) for m, t in (some[i % len(some)] for i in range(n))]
 
-def abilities(lm, tok, n:int=400) -> dict: # 'ID known', 'ID pair kept out', ... -> record of `free_form`
+def abilities(lm, tok, n:int=400) -> dict: # 'ID known', 'ID pair kept out', ..., 'OOD three numbers, pair kept out' -> record of `free_form`
     "What the base calculates, and what it might recall."
     known, kept, out = sorted(m for p in ('sft', 'rl', 'val', 'test') for m in multisets(p)), sorted(multisets('kept')), {}
+    groups = {what: [(m, 24) for m in ms] for what, ms in {'known': [m for m in known if not kept_pair(m, 24)], 'pair kept out': [m for m in known if kept_pair(m, 24)], 'multiset kept out': kept}.items()}
+    groups |= {f'three numbers, {what}': [(m, t) for m, t, _ in pairs(3, k)] for what, k in {'known': False, 'pair kept out': True}.items()}
     for name, rule, face in (('ID', (10, 10, 10), False), ('OOD', (11, 12, 13), True)):
-        mine = [m for m in known if (max(m) > 10) == face]
-        groups = {'known': [m for m in mine if not kept_pair(m, 24)], 'pair kept out': [m for m in mine if kept_pair(m, 24)], 'multiset kept out': [m for m in kept if (max(m) > 10) == face]}
-        for what, ms in groups.items(): out[f'{name} {what}'] = free_form(lm, tok, dealt(random.Random(3).sample(ms, len(ms)), rule, n), '-'.join(map(str, rule)))
+        for what, some in groups.items(): out[f'{name} {what}'] = free_form(lm, tok, dealt([(m, t) for m, t in some if (max(m) > 10) == face], rule, n), '-'.join(map(str, rule)))
     return out
 
 # %% ../nbs/digits.ipynb #16b4f66f
-LESSONS = dict(formulas=(Formulas, 14_000, 1.5e-3), practice=(Practice, 4_500, 1e-3), cards=(Cards, 1_200, 7e-4)) # corpus, optimizer steps, rate after warm-up
+LESSONS = dict(formulas=(Formulas, 14_000, 1.5e-3), practice=(Practice, 4_500, 1e-3), cards=(Cards, 1_200, 7e-4), three=(Three, 1_200, 7e-4)) # corpus, optimizer steps, rate after warm-up
 
 def make_base(folder, seed:int=0, words:bool=False,
               start='',         # folder of a base to go on from; random weights where empty

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TARGETS', 'PLAIN', 'ASKED', 'WORDS', 'RECORDS', 'READ_WORDS', 'READ_RECORDS', 'plainness', 'kept_pair', 'pairs',
            'Formulas', 'exact', 'operations', 'without', 'endings', 'reach', 'formula_of', 'search', 'Practice',
-           'Cards']
+           'Cards', 'Three']
 
 # %% ../nbs/practice.ipynb #5b6f1aa3
 import ast, hashlib, itertools
@@ -27,15 +27,19 @@ def kept_pair(numbers, target:int) -> bool: # numbers in any order
     return hashlib.sha256(f'{sorted(numbers)}>{target}'.encode()).digest()[0] < 32
 
 @lru_cache
-def pairs(cards:int) -> list: # of (numbers, target, formula)
+def pairs(cards:int,      # numbers, 2 to 4
+          kept:bool=False # those that the hash keeps out instead
+    ) -> list:            # of (numbers, target, formula)
     "What may be practised with so many numbers."
-    kept = set(multisets('kept'))
-    return [(m, t, min(found, key=plainness)) for m in itertools.combinations_with_replacement(range(1, 14), cards) if m not in kept
-            for t in TARGETS if not kept_pair(m, t) and (found := solve(m, t))]
+    never = set(multisets('kept'))
+    return [(m, t, min(found, key=plainness)) for m in itertools.combinations_with_replacement(range(1, 14), cards) if m not in never
+            for t in TARGETS if kept_pair(m, t) == kept and (found := solve(m, t))]
 
 # %% ../nbs/practice.ipynb #81018847
 class Formulas(Corpus):
     "Endless chats: numbers and a target, answered by the plainest formula; every pair is as likely as any other."
+    fewer = .1 # of bare numbers: three or two
+
     def __init__(self, seed:int): # of the corpus
         super().__init__(seed)
         self.four, self.few = pairs(4), pairs(3) + pairs(2)
@@ -44,7 +48,7 @@ class Formulas(Corpus):
 
     def over_numbers(self, searched:bool) -> list: # whether the answer looks for the formula before it tells; turns as in `chat`
         "Four numbers, sometimes fewer, and a target."
-        numbers, target, formula = self.rng.choice(self.four if self.rng.random() < .9 else self.few)
+        numbers, target, formula = self.rng.choice(self.four if self.rng.random() < 1 - self.fewer else self.few)
         numbers = self.rng.sample(numbers, len(numbers))
         forms, said = (MAKE[:1], search(tuple(numbers), target)) if searched else (MAKE[1:], formula)
         q, a = self.fill(forms, target=target, formula=said, values=' '.join(map(str, numbers)))
@@ -151,3 +155,14 @@ class Cards(Practice):
     def game(self, forms, twice):
         self.forms = self.rng.choice((READ, READ_WORDS, READ_RECORDS) if forms is READ else (GAME, WORDS, RECORDS))
         return super().game(self.forms, twice)
+
+# %% ../nbs/practice.ipynb #3e1e4169
+class Three(Cards):
+    "Chats as those of `Cards`, where two hands in three hold three cards."
+    fewer = 2/3
+
+    def __init__(self, seed:int): # of the corpus
+        super().__init__(seed)
+        self.three = pairs(3)
+
+    def pick(self): return self.rng.choice(self.three if self.rng.random() < self.fewer else self.four)

@@ -9,7 +9,7 @@ __all__ = ['WORD', 'NUMBER', 'PAIRS', 'COUNTS', 'SEARCHED', 'written_quiz', 'pla
 # %% ../nbs/quiz.ipynb #afdd3430
 import random, re
 
-from .game import hands, values, verify
+from .game import cards_and_target, face_values, game_of, hands, values, verify
 from .texts import searches
 
 # %% ../nbs/quiz.ipynb #970f9f94
@@ -65,15 +65,16 @@ def written_quiz() -> list: # dicts: kind, ask, right
     return random.Random(0).sample(found := _written() + _sums(), len(found))
 
 # %% ../nbs/quiz.ipynb #b4d29388
-def plain_quiz(n:int=300 # of each rule
+def plain_quiz(game,     # `cfg.game`
+               n:int=300 # of each rule
     ) -> list:           # dicts: kind, ask, cards, rule, target
-    "Test hands of the paper's game in the words of pretraining."
+    "Test hands of a model's game in the words of pretraining."
     from rlsft_nb.tiny import GAME # only here: others need no trainer
     out = []
-    for kind, rule, face in (('ID rule', '10', False), ('OOD rule', '11-12-13', True)):
-        for i, h in enumerate(hands('test', rule, face, n)):
-            (form, _, gap), (j, q, k) = GAME[i % len(GAME)], values(['J', 'Q', 'K'], rule)
-            out.append(dict(kind=kind, ask=form.format(target=24, cards=gap.join(h), j=j, q=q, k=k), cards=h, rule=rule, target=24))
+    for kind, rule, face in (('ID rule', game.id_rule, False), ('OOD rule', game.ood_rule, True)):
+        for i, h in enumerate(hands('test', rule, face, n, **game_of(game))):
+            (form, _, gap), (j, q, k), (cards, target) = GAME[i % len(GAME)], face_values(rule), cards_and_target(h, game.target)
+            out.append(dict(kind=kind, ask=form.format(target=target, cards=gap.join(cards), j=j, q=q, k=k), cards=cards, rule=rule, target=target))
     return out
 
 def group(q:dict):
@@ -99,7 +100,7 @@ def is_there(q:dict, said:str) -> bool:
 # %% ../nbs/quiz.ipynb #e35d8eed
 def quiz_of(cfg) -> list: # of dicts
     "The questions that are put to a model's base."
-    return plain_quiz() if cfg.model.source == 'embedded' else written_quiz()
+    return plain_quiz(cfg.game) if cfg.model.source == 'embedded' else written_quiz()
 
 SEARCHED = 192 # tokens of an answer that looks for its formula
 

@@ -22,7 +22,7 @@ from .intervals import cluster_interval
 from .notices import progress
 from .origins import provenance
 from .drawing import BLACK, BLUE, GREY, INTERVALS, accuracy_axis, caption, drawn, panels, percent, rates
-from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, face_values, hands, multisets, solve, values, verify
+from .game import LEVELS, PHRASES, PROMPT, RANKS, RETRY, answer, cards_and_target, face_values, hands, multisets, solve, values, verify
 from .generation import generate
 from .models import load_lm, save_lm
 
@@ -119,7 +119,7 @@ class Corpus:
         "A formula that fails, and what the verifier says of it."
         rng, numbers = self.rng, list(numbers)
         kind = rng.choice(['wrong_value', 'wrong_numbers', 'illegal'])
-        if kind == 'wrong_numbers': numbers[rng.randrange(4)] = rng.randint(1, 13)
+        if kind == 'wrong_numbers': numbers[rng.randrange(len(numbers))] = rng.randint(1, 13)
         goal = rng.randint(1, 60) if kind == 'wrong_value' else target
         found = [formula + rng.choice('+-*/)'), '(' + formula] if kind == 'illegal' else solve(numbers, goal)
         if not found: return self.failure(numbers, formula, target, cards, rule)
@@ -251,17 +251,19 @@ def main(argv:list=None) -> int: # exit code
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__
 
 # %% ../nbs/tiny.ipynb #65a9cc2d
-def free_form(lm, tok, hands:list, rule, target:int=24) -> dict: # rate, lo, hi, n, multisets, read (share that list the right values)
+def free_form(lm, tok, hands:list, # of ranks, or dicts of cards and target
+              rule, target:int=24  # of hands that bring none
+    ) -> dict:                     # rate, lo, hi, n, multisets, read (share that list the right values)
     "Accuracy of plain-words answers."
-    j, k, l = face_values(rule)
+    (j, k, l), dealt = face_values(rule), [cards_and_target(h, target) for h in hands]
     asked = [GAME[i % len(GAME)] for i in range(len(hands))]
-    chats = [[dict(role='user', content=q.format(target=target, cards=gap.join(h), j=j, q=k, k=l))] for (q, _, gap), h in zip(asked, hands)]
+    chats = [[dict(role='user', content=q.format(target=t, cards=gap.join(h), j=j, q=k, k=l))] for (q, _, gap), (h, t) in zip(asked, dealt)]
     said = generate(lm, tok, chats, max_new_tokens=192)
-    found = [re.search(rf'([-+*/()0-9]+)={target}\s*$', s) for s in said]
-    hits = [bool(f) and verify(f'{{"formula": "{f[1]}"}}', h, rule, target).correct for f, h in zip(found, hands)]
-    groups = [tuple(sorted(values(h, rule))) for h in hands]
+    found = [re.search(rf'([-+*/()0-9]+)={t}\s*$', s) for s, (_, t) in zip(said, dealt)]
+    hits = [bool(f) and verify(f'{{"formula": "{f[1]}"}}', h, rule, t).correct for f, (h, t) in zip(found, dealt)]
+    groups = [tuple(sorted(values(h, rule))) for h, _ in dealt]
     lo, hi = cluster_interval(hits, groups)
-    read = sum(' '.join(map(str, values(h, rule))) in s for s, h in zip(said, hands))/len(hands)
+    read = sum(' '.join(map(str, values(h, rule))) in s for s, (h, _) in zip(said, dealt))/len(hands)
     return dict(rate=sum(hits)/len(hits), lo=lo, hi=hi, n=len(hits), multisets=len(set(groups)), read=read)
 
 def knowledge(lm, tok) -> dict: # 'ID known', 'ID kept out', 'OOD known', 'OOD kept out' -> record of `free_form`

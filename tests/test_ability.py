@@ -4,6 +4,7 @@ import pytest, torch
 from rlsft_nb import ability
 from rlsft_nb.ability import *
 from rlsft_nb.ability import ROUNDED
+from rlsft_nb.game import solve, values
 from rlsft_nb.models import load_lm
 from rlsft_nb.parameters import load_params
 from rlsft_nb.problems import Problem
@@ -31,10 +32,15 @@ def eval_sum(ask): # a second way to read it
     return {'+': int.__add__, '-': int.__sub__, 'times': int.__mul__}[op](int(a), int(b))
 
 def test_hands_in_plain_words_are_judged_by_the_verifier():
-    quiz = plain_quiz(20)
+    quiz = plain_quiz(load_params('tiny').game, 20)
     assert len(quiz) == 40 and {q['kind'] for q in quiz} == {'ID rule', 'OOD rule'}
     q = dict(ask='', cards=['3', '3', '8', '8'], rule='10', target=24)
     assert is_right(q, '3 3 8 8 gives 8/(3-8/3)=24') and not is_right(q, '8*3=24') and not is_right(q, '8/(3-8/3)=24.') and is_there(q, 'so 8/(3-8/3)=24.')
+
+def test_hands_in_plain_words_are_of_the_models_game():
+    quiz = plain_quiz(load_params('tiny', dict(game=dict(cards=3, targets=[1, 60]))).game, 50)
+    assert {len(q['cards']) for q in quiz} == {3} and len({q['target'] for q in quiz}) > 20
+    for q in quiz: assert f"{q['target']}" in q['ask'] and all(c in q['ask'] for c in q['cards']) and solve(values(q['cards'], q['rule']), q['target'])
 
 def test_a_base_that_searches_may_answer_at_length():
     from rlsft_nb.quiz import answer_tokens

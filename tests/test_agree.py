@@ -1,7 +1,7 @@
 "A run made here beside the published one, and how `make paper` ends."
-import copy
+import copy, shutil
 from rlsft_nb.agree import agreement, beside, inside, lines, main
-from rlsft_nb.claims import load_claims
+from rlsft_nb.claims import here_text, judge_claims, load_claims
 from rlsft_nb.files import read_json, write_json
 from rlsft_nb.parameters import load_params
 from rlsft_nb.publishing import publish_runs
@@ -44,6 +44,24 @@ def test_the_same_run_agrees_and_another_does_not(tmp_path, capsys):
     found = agreement(TINY)
     assert not found['agrees'] and points and any(r['id'] == 'ood-falls' and (r['verdict'], r['published'], r['inside']) == ('fails', 'holds', False) for r in found['differ'])
     assert main([]) == 1 and 'ood-falls (seed 0): fails, published holds; the number lies outside' in capsys.readouterr().out
+
+def test_a_verdict_that_the_last_digits_decide_says_so(tmp_path, capsys):
+    "A seed run once more is kept beside the published one, and no more than its verdicts."
+    save(fake(), tmp_path)
+    assert main(['--keep']) == 1 and not (tmp_path/'figures'/'tiny'/'again.json').exists() # nothing was made here
+    other = copy.deepcopy(fake())
+    curve = other['fig1-sft']['scores']
+    curve['end'], curve['peak'] = curve['peak'], curve['end']
+    keep(other)
+    assert main(['--keep']) == 1
+    kept = read_json(tmp_path/'figures'/'tiny'/'again.json')
+    assert kept['seeds'] == [0] and kept['verdicts']['ood-falls'] == {'0': 'fails'} and kept['cpu']['name'] and kept['inside'] < kept['n']
+    shutil.rmtree(records_dir(TINY)) # now the published ones are judged
+    found = {c['id']: c for c in judge_claims(TINY, [0])['claims']}
+    assert found['ood-falls']['again'] == {0: 'fails'} and here_text(found['ood-falls']).endswith('; not stable: seed 0 in other arithmetic: fails')
+    same = [c for c in found.values() if c['each'] and c['each'][0]['verdict'] == kept['verdicts'].get(c['id'], {}).get('0')]
+    assert len(same) > 20 and not any(c['again'] or 'not stable' in here_text(c) for c in same)
+    assert not any(c['again'] for c in judge_claims(load_params('tiny', dict(sft=dict(lr=1e-3))), [0])['claims']) # another run
 
 def test_nothing_to_compare(tmp_path, capsys):
     save(fake(), tmp_path)

@@ -132,6 +132,8 @@ def test_digits_keep_their_pairs_and_multisets_apart():
     assert not any(m in kept or kept_pair(m, t) for m, t, _ in four) and len({(m, t) for m, t, _ in four}) == len(four) == 54640
     assert all(evaluate(f)[1] == t and sorted(map(int, re.findall(r'\d+', f))) == sorted(m) for m, t, f in random.Random(0).sample(four, 300))
     assert [min(solve(m, t), key=plainness) for m, t in (((1, 2, 3, 4), 24), ((2, 5, 8, 10), 25))] == ['4*3*2*1', '10+8+5+2']
+    three, out = pairs(3), pairs(3, kept=True)
+    assert not {p[:2] for p in three} & {p[:2] for p in out} and all(kept_pair(m, t) and evaluate(f)[1] == t for m, t, f in out) and .1 < len(out)/len(three) < .18
     c, shown = Practice(3), set()
     for _ in range(400): numbers, target, _ = c.pick(); shown.add(target)
     assert len(shown) > 50 # every target alike, not mostly 24
@@ -142,7 +144,7 @@ def test_digits_spell_numbers_and_the_record_is_of_the_weights_that_ship():
     tok = make_tokenizer(words=False)
     assert [len(tok(n)['input_ids']) for n in ('7', '13', '100')] == [1, 2, 3] and tok.decode(tok('13*10')['input_ids']) == '13*10'
     r = read_json(shipped('digits')/'provenance.json')
-    assert r['sha256'] == sha256_file(shipped('digits')/'model.safetensors') and set(r['abilities']) == {f'{a} {b}' for a in ('ID', 'OOD') for b in ('known', 'pair kept out', 'multiset kept out')}
+    assert r['sha256'] == sha256_file(shipped('digits')/'model.safetensors') and set(r['abilities']) == {f'{a} {b}' for a in ('ID', 'OOD') for b in ('known', 'pair kept out', 'multiset kept out', 'three numbers, known', 'three numbers, pair kept out')}
 
 def test_reach_has_every_value_that_formulas_make():
     from rlsft_nb.practice import reach
