@@ -113,9 +113,10 @@ def searches(base:str # a folder in the package
 def corpus_texts(n:int=200, base:str='tiny' # chats; a folder in the package
     ) -> Texts:
     "Fresh chats of the corpus that an embedded base was made from."
-    from rlsft_nb.practice import Practice # only here, both: others need no trainer
+    from rlsft_nb.digits import LESSONS # only here, both: others need no trainer
     from rlsft_nb.tiny import Corpus
-    corpus = Practice if searches(base) else Corpus
+    given = read_json(shipped(base)/'provenance.json').get('lessons', {})
+    corpus = next((LESSONS[n][0] for n in reversed(LESSONS) if n in given), Corpus) # that of the last lesson
     c = corpus(UNSEEN)
     return Texts("the embedded base's own pretraining corpus", dict(source=f'{corpus.__module__}.{corpus.__name__}, seed {UNSEEN:,}'), [dict(turns=c.chat()) for _ in range(n)])
 

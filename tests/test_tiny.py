@@ -232,17 +232,26 @@ def test_the_command_makes_a_base_lesson_by_lesson(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(digits, 'pretrain', few_steps)
     monkeypatch.setattr(digits, 'abilities', lambda *lm: dict(here=dict(rate=.5)))
     for _ in range(2): assert digits.main(['--out', str(tmp_path/'a'), '--words', '--seed', '3']) == 0
-    assert asked == [('Formulas', digits.LESSONS['formulas'][1], 3, '', 1.5e-3), ('Practice', digits.LESSONS['practice'][1], 3, 'formulas', 1e-3), ('Cards', digits.LESSONS['cards'][1], 3, 'practice', 7e-4)] # each once
+    assert asked == [('Formulas', digits.LESSONS['formulas'][1], 3, '', 1.5e-3), ('Practice', digits.LESSONS['practice'][1], 3, 'formulas', 1e-3), ('Cards', digits.LESSONS['cards'][1], 3, 'practice', 7e-4), ('Three', digits.LESSONS['three'][1], 3, 'cards', 7e-4)] # each once
     packed = tmp_path/'a'/'packed'
     r = read_json(packed/'provenance.json')
     assert r['seed'] == 3 and {*r['lessons']} == {*digits.LESSONS} and r['lessons']['practice']['step'] == 2 and r['sha256'] == sha256_file(packed/'model.safetensors')
     lm, tok = load_lm(str(packed))
     assert len(tok('100')['input_ids']) == 1 and capsys.readouterr().out.count("{'here': 0.5}") == 2
-    last, _ = load_lm(str(tmp_path/'a'/'cards'/'base'))
+    last, _ = load_lm(str(tmp_path/'a'/'three'/'base'))
     assert torch.equal(lm.lm_head.weight.float(), last.lm_head.weight.bfloat16().float())
     asked.clear()
     assert digits.main(['--out', str(tmp_path/'b'), '--start', str(packed), '--lesson', 'cards']) == 0
-    assert [a[:4] for a in asked] == [('Cards', digits.LESSONS['cards'][1], 0, 'a')] and {*read_json(tmp_path/'b'/'packed'/'provenance.json')['lessons']} == {'cards'}
+    assert [a[:4] for a in asked] == [('Cards', digits.LESSONS['cards'][1], 0, 'a'), ('Three', digits.LESSONS['three'][1], 0, 'cards')] and {*read_json(tmp_path/'b'/'packed'/'provenance.json')['lessons']} == {'cards', 'three'}
+
+def test_the_last_lesson_has_hands_of_three_cards():
+    from rlsft_nb.practice import Three, kept_pair
+    c, sizes = Three(0), []
+    for _ in range(300):
+        rule, cards, target, formula = c.hand()
+        sizes.append(len(cards))
+        assert not kept_pair(values(cards, rule), target) and verify(answer(cards, rule, formula, target), cards, rule, target).correct
+    assert set(sizes) == {3, 4} and .58 < sizes.count(3)/300 < .75
 
 def test_a_base_that_goes_on_keeps_its_tokenizer(tmp_path, capsys):
     from rlsft_nb import digits
