@@ -1,8 +1,9 @@
 "Parameters of notebooks and models, and where the package keeps them."
-import json, yaml, pytest
+import json, re, yaml, pytest
 from rlsft_nb import parameters, places
 from rlsft_nb.parameters import check_params, load_params, models, plain_dict, show_params, yaml_mapping
-from rlsft_nb.places import params_dir, repository, shipped, shipped_names
+from rlsft_nb.files import read_json
+from rlsft_nb.places import ROOT, params_dir, repository, shipped, shipped_names
 from rlsft_nb.problems import ParamError, Problem
 
 # parameters
@@ -83,6 +84,16 @@ def test_shipped_models(capsys):
         cfg = load_params(m)
         show_params(cfg)
         assert yaml.safe_load(capsys.readouterr().out) == plain_dict(cfg)
+
+@pytest.mark.parametrize('notebook', ['01_models', '02_sft', '03_ppo', '05_restore'])
+def test_lessons_hold_for_another_model(notebook, monkeypatch):
+    "Papermill runs the lessons of a notebook with the model it was given: none may lean on what `tiny` happens to say."
+    monkeypatch.chdir(ROOT/'nbs')
+    cells = [''.join(c['source']) for c in read_json(ROOT/'nbs'/f'{notebook}.ipynb')['cells'] if c['cell_type'] == 'code']
+    own = dict(__name__='lesson')
+    for c in cells:
+        if not re.match(r'#\| (slow|default_exp)', c): exec(compile(c.replace("model: str = 'tiny'", "model: str = 'digits'"), notebook, 'exec'), own)
+    assert own['model'] == 'digits'
 
 # what the package holds
 

@@ -79,7 +79,7 @@ SLUG = { # what a heading is called in a link
 def test_links_and_images_of_the_first_page(file, text):
     links, prose = re.findall(r'\]\(([^)]+)\)', text), re.sub(r'```.*?```', '', text, flags=re.S)
     heads = {SLUG[file](h) for h in re.findall(r'^#+ (.*)', prose, re.M)}
-    assert len(links) > 80 and sum(l.endswith('.png') for l in links) == 3
+    assert len(links) > 80 and sum(l.endswith('.png') for l in links) == 5
     assert [l for l in links if '://' not in l and not l.startswith('#') and not ((ROOT/file).parent/l.partition('#')[0]).is_file()] == []
     assert [l for l in links if l.startswith('#') and l[1:] not in heads] == [] and sum(l.startswith('#') for l in links) >= 9
 
